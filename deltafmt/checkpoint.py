@@ -1,0 +1,83 @@
+"""What deltafmt needs of a model on disk, wherever it comes from: `pack` reads its input and its base through this."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+
+from .dtypes import Bits, Dtype, Shape
+
+_Self = TypeVar("_Self", bound="Checkpoint")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    dtype: Dtype
+    shape: Shape
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=object))
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.nbytes(self.shape)
+
+
+@dataclass(frozen=True)
+class WeightFileLayout:
+    """A weight file as `unpack` will write it: its name, and the bytes of its safetensors header (without the length before them)."""
+
+    name: str
+    header: bytes
+
+
+class Checkpoint(ABC):
+    """A model: named tensors, the layout of its weight files, and its other files. Reads are thread-safe.
+
+    Attributes:
+        location: what the user called it; for messages.
+        tensors: name -> `TensorInfo`, in the order in which they lie in the files.
+        files: the weight files. A source that is not safetensors gives the safetensors files it is to become.
+        index: name and bytes of the shard index, if there is one.
+        sidecars: every other file of the checkpoint: relative name (with `/`) -> path.
+        input_bytes: bytes of all files as they are on disk.
+    """
+
+    location: str
+    tensors: Mapping[str, TensorInfo]
+    files: tuple[WeightFileLayout, ...]
+    index: tuple[str, bytes] | None
+    sidecars: Mapping[str, Path]
+    input_bytes: int
+
+    @abstractmethod
+    def read(self, name: str, lo: int, hi: int, out: Bits) -> None:
+        """Elements `[lo, hi)` (flat indices) of a tensor into `out`, unsigned integers of the dtype's width."""
+
+    def known_digest(self, name: str) -> str | None:
+        """The `sha256:` digest of a tensor's bytes, where it is known without reading them."""
+        return None
+
+    def read_whole(self, name: str) -> Bits:
+        """All elements of a tensor, flat, as unsigned integers of its width."""
+        info = self.tensors[name]
+        out = np.empty(info.count, info.dtype.bits)
+        self.read(name, 0, out.size, out)
+        return out
+
+    def close(self) -> None:  # noqa: B027 - nothing to close by default
+        pass
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,45 @@
+"""SHA-256 digests for identity, XXH64 checksums against accidents (spec/README.md, "Terms")."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from .dtypes import Shape
+from .strictjson import canonical
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_BLOCK = 1 << 20
+
+
+def is_digest(text: object) -> bool:
+    return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
+
+
+def digest(data: Any) -> str:
+    """`sha256:hex` of a bytes-like object (any C-contiguous buffer)."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """`sha256:hex` of a file's content, read in blocks of 1 MiB."""
+    running = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            running.update(block)
+    return "sha256:" + running.hexdigest()
+
+
+def checksum(data: Any) -> int:
+    """XXH64, seed 0, of a bytes-like object."""
+    return xxhash.xxh64_intdigest(data)
+
+
+def model_digest(tensors: Mapping[str, tuple[str, Shape, str]]) -> str:
+    """The digest of a whole model: of the canonical JSON `{name: [dtype, shape, digest]}` (spec/manifest.md, *base*)."""
+    return digest(canonical({name: [dtype, list(shape), found] for name, (dtype, shape, found) in tensors.items()}))

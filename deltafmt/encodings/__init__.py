@@ -1,0 +1,145 @@
+"""Encodings: the elements of a stored array <-> the stored bytes of its chunks (spec/encodings/).
+
+Both tables are closed: `FILTERS` turn a chunk into planes, `CODERS` store a plane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..dtypes import Bits, Dtype
+from ..errors import MalformedError, UnsupportedError
+from ..limits import CHUNK_BYTES
+from ..scratch import scratch
+from ..strictjson import Fields
+from . import planes, zstd
+
+FILTERS = ("none", "planes", "float-planes")
+CODERS = ("none", "zstd")
+CHUNK_ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How one stored array is written.
+
+    Attributes:
+        filter: a name in `FILTERS`.
+        coder: a name in `CODERS`.
+        chunk: elements per chunk.
+    """
+
+    filter: str
+    coder: str
+    chunk: int
+
+    @classmethod
+    def parse(cls, value: object, pointer: str, dtype: Dtype) -> Encoding:
+        """From the manifest's JSON. Raises `MalformedError` (schema, limit) or `UnsupportedError` (encoding)."""
+        fields = Fields(value, pointer)
+        encoding = cls(fields.text("filter"), fields.text("coder"), fields.integer("chunk", 1))
+        fields.done()
+        for name, known in ((encoding.filter, FILTERS), (encoding.coder, CODERS)):
+            if name not in known:
+                raise UnsupportedError(
+                    f"unknown encoding {name!a}", where=pointer, hint=f"This version knows {', '.join(known)}", reason="encoding"
+                )
+        if encoding.coder == "none" and encoding.filter != "none":
+            raise MalformedError("a filter without a coder", where=pointer, reason="schema")
+        if encoding.filter == "float-planes" and not dtype.is_float:
+            raise MalformedError(f"float-planes on {dtype.name}", where=pointer, reason="schema")
+        if encoding.chunk * dtype.width > CHUNK_BYTES:
+            raise MalformedError(
+                "a chunk is too large", where=pointer, expected=f"at most {CHUNK_BYTES} bytes", found=encoding.chunk, reason="limit"
+            )
+        return encoding
+
+    def to_json(self) -> dict[str, Any]:
+        return {"filter": self.filter, "coder": self.coder, "chunk": self.chunk}
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the shard holds the elements as they are, under their own dtype and shape."""
+        return self.filter == "none" and self.coder == "none"
+
+    def planes(self, dtype: Dtype) -> int:
+        """Planes per chunk."""
+        return 1 if self.filter == "none" else dtype.width
+
+    def chunks(self, count: int) -> int:
+        """Chunks of an array of `count` elements."""
+        return -(-count // self.chunk)
+
+    def table_words(self, dtype: Dtype, count: int) -> int:
+        """Words that the array's rows take in the shard's chunk table."""
+        return self.chunks(count) * (1 + self.planes(dtype))
+
+
+def choose_chunk(shape: Sequence[int], width: int) -> int:
+    """Elements per chunk for an array of this shape: about 256K, whole rows where rows are shorter than that."""
+    row = shape[-1] if len(shape) > 1 else 1
+    chunk = min(CHUNK_ELEMENTS, CHUNK_BYTES // width)
+    return chunk // row * row if 0 < row <= chunk else chunk
+
+
+def compressed(dtype: Dtype, shape: Sequence[int]) -> Encoding:
+    """The encoding that suits weights and residuals of this dtype."""
+    return Encoding("float-planes" if dtype.is_float else "planes", "zstd", choose_chunk(shape, dtype.width))
+
+
+def raw(dtype: Dtype, shape: Sequence[int]) -> Encoding:
+    """The encoding that stores the elements as they are."""
+    return Encoding("none", "none", choose_chunk(shape, dtype.width))
+
+
+def encode_chunk(bits: Bits, encoding: Encoding, thorough: bool = False) -> list[Any]:
+    """Encode the elements of one chunk.
+
+    Args:
+        bits: `[m]` elements as unsigned integers of their width.
+        thorough: spend time on finding repeats, as in text.
+
+    Returns:
+        The stored bytes of each plane (bytes-like, in order), independent of `bits` and of any scratch memory unless the encoding is raw.
+    """
+    if encoding.is_raw:
+        return [bits.view(np.uint8)]
+    if encoding.filter == "none":
+        separated = bits.view(np.uint8).reshape(1, -1)
+    else:
+        separated = scratch("encode planes", np.uint8, bits.nbytes).reshape(bits.itemsize, -1)
+        planes.split(bits, encoding.filter == "float-planes", separated)
+    stored = (zstd.compress(plane, thorough) for plane in separated)
+    return [plane.tobytes() if isinstance(plane, np.ndarray) else plane for plane in stored]
+
+
+def decode_chunk(stored: npt.NDArray[np.uint8], ends: Sequence[int], encoding: Encoding, out: Bits, where: str) -> None:
+    """Decode one chunk (its checksum already checked) into `out`.
+
+    Args:
+        stored: the chunk's stored bytes.
+        ends: where each plane ends in `stored`; the last is its length.
+        out: `[m]` elements as unsigned integers.
+
+    Raises:
+        MalformedError: a plane does not come to its size (reason `chunk-size`).
+    """
+    if encoding.is_raw:
+        if stored.size != out.nbytes:
+            raise MalformedError("a chunk has another size", where=where, expected=out.nbytes, found=stored.size, reason="chunk-size")
+        np.copyto(out.view(np.uint8), stored)
+        return
+    if encoding.filter == "none":
+        zstd.decompress(stored, out.view(np.uint8), where)
+        return
+    separated = scratch("decode planes", np.uint8, out.nbytes).reshape(out.itemsize, -1)
+    begin = 0
+    for plane, end in zip(separated, ends, strict=True):
+        zstd.decompress(stored[begin:end], plane, where)
+        begin = end
+    planes.merge(separated, encoding.filter == "float-planes", out)

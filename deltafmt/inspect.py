@@ -1,0 +1,48 @@
+"""`inspect`: what is inside an archive, without reading tensor bytes."""
+
+from __future__ import annotations
+
+import time
+
+from .names import MANIFEST
+from .report import InspectReport
+from .roles import ROLES, array_roles, refers_to, tensor_reports
+from .sources import PathLike, open_archive
+from .verify import checkpoint_bytes
+
+
+def inspect(src: PathLike) -> InspectReport:
+    """Sizes by role, ranks, and who refers to whom. The base is not needed.
+
+    Raises:
+        MalformedError, UnsupportedError, IntegrityError: as opening the archive does.
+    """
+    started = time.perf_counter()
+    with open_archive(src) as archive:
+        manifest = archive.manifest
+        roles = dict.fromkeys(ROLES, 0)
+        for array, role in array_roles(manifest).items():
+            roles[role] += archive.stored_size(array)
+        roles["manifest"] = (archive.path / MANIFEST).stat().st_size
+        roles["sidecar"] = sum(sidecar.size for sidecar in manifest.sidecars.values())
+        roles["overhead"] = archive.input_bytes - sum(roles.values())
+        reports = tensor_reports(manifest, archive.stored_size)
+        return InspectReport(
+            logical_bytes=checkpoint_bytes(archive),
+            stored_bytes=archive.input_bytes,
+            exact=all(tensor.exact for tensor in manifest.tensors.values()),
+            max_rel_error=max((report.rel_error or 0.0 for report in reports.values()), default=0.0),
+            seconds=time.perf_counter() - started,
+            tensors=reports,
+            source=str(src),
+            version=manifest.version,
+            shards=len(manifest.shards),
+            roles=roles,
+            ranks={name: report.rank for name, report in reports.items() if report.rank is not None},
+            sharing={name: ", ".join(found) for name, tensor in manifest.tensors.items() if (found := refers_to(tensor))},
+            bases={
+                name: {"digest": base.digest, "repo": base.repo, "revision": base.revision, "tensors": len(base.tensors)}
+                for name, base in manifest.bases.items()
+            },
+            annotations=dict(manifest.annotations),
+        )

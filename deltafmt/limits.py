@@ -1,0 +1,57 @@
+"""Every cap a reader enforces before it allocates memory (spec/limits.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from .errors import MalformedError, UsageError
+
+GiB = 1 << 30
+
+# Fixed by the specification: not to be raised.
+NAME_BYTES = 1024
+COMPONENT_BYTES = 255
+RECIPE_DEPTH = 32
+JSON_DEPTH = 64
+CHUNK_BYTES = 64 << 20
+MAX_INTEGER = (1 << 63) - 1
+SUM_TERMS = 64
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Caps that a user may raise: `Limits(tensor_bytes=1 << 40)`, or `--limit tensor_bytes=1TiB` on the command line."""
+
+    manifest_bytes: int = 256 << 20
+    header_bytes: int = 100_000_000
+    tensors: int = 1_000_000
+    shards: int = 100_000
+    sidecars: int = 100_000
+    dimensions: int = 16
+    tensor_bytes: int = 128 * GiB
+    total_bytes: int = 16 << 40
+    rank: int = 65_536
+
+    def check(self, name: str, found: int, where: str) -> None:
+        """Raise `MalformedError` (reason `limit`) if `found` exceeds the limit `name`."""
+        limit: int = getattr(self, name)
+        if found > limit:
+            raise MalformedError(
+                f"more than the limit {name} allows",
+                where=where,
+                expected=f"at most {limit}",
+                found=found,
+                hint=f"If you trust the file, raise the limit: --limit {name}={found}",
+                reason="limit",
+            )
+
+    def raised(self, **changes: int) -> Limits:
+        """A copy with some limits changed. Raises `UsageError` for a name that is no limit."""
+        known = {field.name for field in fields(self)}
+        for name in changes:
+            if name not in known:
+                raise UsageError(f"no limit is named {name!r}", hint=f"Limits: {', '.join(sorted(known))}")
+        return replace(self, **changes)
+
+
+DEFAULT_LIMITS = Limits()

@@ -1,0 +1,389 @@
+"""The manifest: `deltafmt.json` as frozen dataclasses, parsed and printed (spec/manifest.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from . import names
+from .digests import is_digest, model_digest
+from .dtypes import Dtype, Shape, dtype
+from .encodings import Encoding
+from .errors import IntegrityError, MalformedError, UnsupportedError
+from .limits import DEFAULT_LIMITS, MAX_INTEGER, Limits
+from .operators import Operator, parse_recipe
+from .strictjson import Fields, canonical, parse
+
+FORMAT = "deltafmt"
+MAJOR, MINOR = 1, 0
+FEATURES: frozenset[str] = frozenset()
+
+_PREFIX = b'{"$checksum":"sha256:'
+_ZEROS = b"0" * 64
+_VERSION = re.compile(r"(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard file: its name, size in bytes, and the digest of its first `8 + N` bytes."""
+
+    name: str
+    size: int
+    header: str
+
+
+@dataclass(frozen=True)
+class Array:
+    """A stored array. `shard` is an index into `Manifest.shards`, `table` the index of its first word in the chunk table."""
+
+    dtype: Dtype
+    shape: Shape
+    shard: int
+    encoding: Encoding
+    table: int
+    digest: str
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class BaseTensor:
+    dtype: Dtype
+    shape: Shape
+    digest: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.nbytes(self.shape)
+
+
+@dataclass(frozen=True)
+class Base:
+    """An external model: every tensor of it, and where to look for it (a hint, never what is trusted)."""
+
+    tensors: Mapping[str, BaseTensor]
+    repo: str | None = None
+    revision: str | None = None
+
+    @property
+    def digest(self) -> str:
+        return model_digest({name: (tensor.dtype.name, tensor.shape, tensor.digest) for name, tensor in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A logical tensor. Exactly one of `digest` (exact) and `rel_error` (approximate) is set."""
+
+    dtype: Dtype
+    shape: Shape
+    recipe: Operator
+    digest: str | None = None
+    rel_error: float | None = None
+
+    @property
+    def exact(self) -> bool:
+        return self.digest is not None
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.nbytes(self.shape)
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """An original weight file: its name and the stored array that holds its header."""
+
+    name: str
+    header: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """How the original weight files were laid out; `index` is (file name, array name)."""
+
+    files: tuple[WeightFile, ...]
+    index: tuple[str, str] | None = None
+
+    @property
+    def arrays(self) -> list[str]:
+        return [file.header for file in self.files] + ([self.index[1]] if self.index else [])
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    shards: tuple[Shard, ...]
+    arrays: Mapping[str, Array]
+    tensors: Mapping[str, Tensor]
+    checkpoint: Checkpoint
+    sidecars: Mapping[str, Sidecar]
+    bases: Mapping[str, Base] = field(default_factory=dict)
+    annotations: Mapping[str, Any] = field(default_factory=dict)
+    version: str = f"{MAJOR}.{MINOR}"
+
+    @property
+    def logical_bytes(self) -> int:
+        """Bytes of all tensors, as the original checkpoint holds them."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def to_bytes(self) -> bytes:
+        """Print in canonical form, checksum first."""
+        document = {
+            "$checksum": "sha256:" + _ZEROS.decode(),
+            "format": FORMAT,
+            "version": self.version,
+            "requires": [],
+            "shards": [vars(shard) for shard in self.shards],
+            "arrays": {name: _print_array(array) for name, array in self.arrays.items()},
+            "bases": {name: _print_base(base) for name, base in self.bases.items()},
+            "tensors": {name: _print_tensor(tensor) for name, tensor in self.tensors.items()},
+            "checkpoint": _print_checkpoint(self.checkpoint),
+            "sidecars": {name: vars(sidecar) for name, sidecar in self.sidecars.items()},
+        }
+        if self.annotations:
+            document["annotations"] = dict(self.annotations)
+        text = canonical(document)
+        return _PREFIX + hashlib.sha256(text).hexdigest().encode() + text[len(_PREFIX) + 64 :]
+
+
+def parse_manifest(data: bytes, where: str, limits: Limits = DEFAULT_LIMITS) -> Manifest:
+    """Parse a manifest and check everything that can be checked without its shards (steps 2 to 4 of spec/reasons.md).
+
+    Raises:
+        IntegrityError: `$checksum` does not match.
+        MalformedError, UnsupportedError: as spec/reasons.md says.
+    """
+    limits.check("manifest_bytes", len(data), where)
+    body = len(_PREFIX) + 64
+    if data.startswith(_PREFIX) and re.fullmatch(rb"[0-9a-f]{64}", data[len(_PREFIX) : body]):
+        found = hashlib.sha256(_PREFIX + _ZEROS)
+        found.update(memoryview(data)[body:])
+        if found.hexdigest().encode() != data[len(_PREFIX) : body]:
+            raise IntegrityError(
+                "the manifest does not match its checksum",
+                where=where,
+                expected=data[len(_PREFIX) : body].decode(),
+                found=found.hexdigest(),
+                hint="Download the file again",
+                reason="manifest-checksum",
+            )
+    document = parse(data, where)
+    fields = Fields(document, "")
+    _check_version(document if isinstance(document, dict) else {}, where)
+    if not data.startswith(_PREFIX) or not is_digest(fields.text("$checksum")):
+        raise MalformedError("the manifest does not begin with its checksum", where=where, reason="schema")
+    if fields.text("format") != FORMAT:
+        raise MalformedError("the format is another", where="/format", expected=FORMAT, reason="schema")
+    fields.text("version")
+    fields.array("requires")
+    manifest = Manifest(
+        shards=tuple(_parse_shard(item, f"/shards/{index}") for index, item in enumerate(_capped(fields.array("shards"), "shards", limits))),
+        arrays=_named(fields.object("arrays"), "/arrays", limits, lambda item, at: _parse_array(item, at, limits)),
+        bases={name: _parse_base(name, item, limits) for name, item in fields.object("bases").items()},
+        tensors=_named(fields.object("tensors"), "/tensors", limits, lambda item, at: _parse_tensor(item, at, limits)),
+        checkpoint=_parse_checkpoint(fields.take("checkpoint", dict, "an object"), limits),
+        sidecars={name: _parse_sidecar(item, f"/sidecars/{name}") for name, item in _capped(fields.object("sidecars"), "sidecars", limits).items()},
+        annotations=fields.object("annotations") if fields.has("annotations") else {},
+        version=document["version"],
+    )
+    fields.done()
+    _check_file_names(manifest, where)
+    limits.check("total_bytes", manifest.logical_bytes, where)
+    for name, array in manifest.arrays.items():
+        if array.shard >= len(manifest.shards):
+            raise MalformedError("there is no such shard", where=f"/arrays/{name}/shard", found=array.shard, reason="schema")
+    return manifest
+
+
+def _check_version(document: dict[str, Any], where: str) -> None:
+    version = document.get("version")
+    match = _VERSION.fullmatch(version) if isinstance(version, str) else None
+    if match is None:
+        raise MalformedError("the version is missing or not 'major.minor'", where="/version", found=version, reason="schema")
+    if int(match[1]) != MAJOR:
+        raise UnsupportedError(
+            "an archive of another version",
+            where=where,
+            expected=f"{MAJOR}.x",
+            found=version,
+            hint="Upgrade with: pip install --upgrade deltafmt" if int(match[1]) > MAJOR else "",
+            reason="version",
+        )
+    requires = document.get("requires")
+    if not isinstance(requires, list) or not all(isinstance(item, str) for item in requires):
+        raise MalformedError("'requires' is not a list of strings", where="/requires", reason="schema")
+    for feature in requires:
+        if feature not in FEATURES:
+            raise UnsupportedError(
+                f"it requires the feature {feature[:80]!a}, which this version does not know",
+                where=where,
+                hint="Upgrade with: pip install --upgrade deltafmt",
+                reason="feature",
+            )
+
+
+def _capped(items: Any, limit: str, limits: Limits) -> Any:
+    limits.check(limit, len(items), f"/{limit}")
+    return items
+
+
+def _named(items: dict[str, Any], pointer: str, limits: Limits, parse_item: Callable[[Any, str], _T]) -> dict[str, _T]:
+    limits.check("tensors", len(items), pointer)
+    return {name: parse_item(item, f"{pointer}/{names.check_name(name, pointer)}") for name, item in items.items()}
+
+
+def _parse_shape(items: list[Any], kind: Dtype, pointer: str, limits: Limits) -> Shape:
+    for size in items:
+        if type(size) is not int or not 0 <= size <= MAX_INTEGER:
+            raise MalformedError("a dimension that is no size", where=pointer, found=repr(size)[:40], reason="shape")
+    limits.check("dimensions", len(items), pointer)
+    limits.check("tensor_bytes", kind.nbytes(items), pointer)
+    return tuple(items)
+
+
+def _parse_digest(fields: Fields, pointer: str, key: str = "digest") -> str:
+    text = fields.text(key)
+    if not is_digest(text):
+        raise MalformedError("not a digest", where=f"{pointer}/{key}", expected="sha256: and 64 hex digits", reason="schema")
+    return text
+
+
+def _parse_shard(item: object, pointer: str) -> Shard:
+    fields = Fields(item, pointer)
+    shard = Shard(names.check_shard_name(fields.text("name"), pointer), fields.integer("size"), _parse_digest(fields, pointer, "header"))
+    fields.done()
+    return shard
+
+
+def _parse_array(item: object, pointer: str, limits: Limits) -> Array:
+    fields = Fields(item, pointer)
+    if pointer == f"/arrays/{names.CHUNK_TABLE}":
+        raise MalformedError("this name is the chunk table's", where=pointer, reason="name")
+    kind = dtype(fields.text("dtype"), pointer)
+    array = Array(
+        kind,
+        _parse_shape(fields.array("shape"), kind, pointer, limits),
+        fields.integer("shard"),
+        Encoding.parse(fields.object("encoding"), f"{pointer}/encoding", kind),
+        fields.integer("table"),
+        _parse_digest(fields, pointer),
+    )
+    fields.done()
+    return array
+
+
+def _parse_base(name: str, item: object, limits: Limits) -> Base:
+    pointer = f"/bases/{names.escaped(name)}"
+    if not names.BASE_ID.fullmatch(name):
+        raise MalformedError("not a base id", where=pointer, expected=names.BASE_ID.pattern, reason="name")
+    fields = Fields(item, pointer)
+    stated = _parse_digest(fields, pointer)
+    base = Base(
+        _named(fields.object("tensors"), f"{pointer}/tensors", limits, lambda item, at: _parse_base_tensor(item, at, limits)),
+        fields.text("repo") if fields.has("repo") else None,
+        fields.text("revision") if fields.has("revision") else None,
+    )
+    fields.done()
+    if base.digest != stated:
+        raise MalformedError("the base's digest is not that of its tensors", where=pointer, expected=base.digest, found=stated, reason="schema")
+    return base
+
+
+def _parse_base_tensor(item: object, pointer: str, limits: Limits) -> BaseTensor:
+    fields = Fields(item, pointer)
+    kind = dtype(fields.text("dtype"), pointer)
+    tensor = BaseTensor(kind, _parse_shape(fields.array("shape"), kind, pointer, limits), _parse_digest(fields, pointer))
+    fields.done()
+    return tensor
+
+
+def _parse_tensor(item: object, pointer: str, limits: Limits) -> Tensor:
+    fields = Fields(item, pointer)
+    kind = dtype(fields.text("dtype"), pointer)
+    shape = _parse_shape(fields.array("shape"), kind, pointer, limits)
+    recipe = parse_recipe(fields.object("recipe"), f"{pointer}/recipe")
+    if fields.has("digest"):
+        tensor = Tensor(kind, shape, recipe, digest=_parse_digest(fields, pointer))
+    else:
+        tensor = Tensor(kind, shape, recipe, rel_error=fields.number("rel_error"))
+        if tensor.rel_error is None or tensor.rel_error < 0:
+            raise MalformedError("a negative error", where=f"{pointer}/rel_error", reason="schema")
+    fields.done()
+    return tensor
+
+
+def _parse_checkpoint(item: object, limits: Limits) -> Checkpoint:
+    fields = Fields(item, "/checkpoint")
+    files = []
+    for position, entry in enumerate(_capped(fields.array("files"), "shards", limits)):
+        inner = Fields(entry, f"/checkpoint/files/{position}")
+        files.append(WeightFile(inner.text("name"), inner.text("header")))
+        inner.done()
+    index: tuple[str, str] | None = None
+    if fields.has("index"):
+        inner = Fields(fields.object("index"), "/checkpoint/index")
+        index = inner.text("name"), inner.text("array")
+        inner.done()
+    fields.done()
+    return Checkpoint(tuple(files), index)
+
+
+def _parse_sidecar(item: object, pointer: str) -> Sidecar:
+    fields = Fields(item, pointer)
+    sidecar = Sidecar(fields.integer("size"), _parse_digest(fields, pointer))
+    fields.done()
+    return sidecar
+
+
+def _check_file_names(manifest: Manifest, where: str) -> None:
+    originals = [file.name for file in manifest.checkpoint.files]
+    if manifest.checkpoint.index:
+        originals.append(manifest.checkpoint.index[0])
+    restored = [*originals, *manifest.sidecars]
+    for name in restored:
+        names.check_sidecar_name(name, where)
+    names.check_no_clash(restored, where)
+    names.check_no_clash([*(shard.name for shard in manifest.shards), *manifest.sidecars], where)
+
+
+def _print_array(array: Array) -> dict[str, Any]:
+    return {
+        "dtype": array.dtype.name,
+        "shape": array.shape,
+        "shard": array.shard,
+        "encoding": array.encoding.to_json(),
+        "table": array.table,
+        "digest": array.digest,
+    }
+
+
+def _print_base(base: Base) -> dict[str, Any]:
+    tensors = {name: {"dtype": t.dtype.name, "shape": t.shape, "digest": t.digest} for name, t in base.tensors.items()}
+    hints = {key: value for key, value in (("repo", base.repo), ("revision", base.revision)) if value is not None}
+    return {"digest": base.digest, "tensors": tensors, **hints}
+
+
+def _print_tensor(tensor: Tensor) -> dict[str, Any]:
+    content = {"digest": tensor.digest} if tensor.digest is not None else {"rel_error": tensor.rel_error}
+    return {"dtype": tensor.dtype.name, "shape": tensor.shape, "recipe": tensor.recipe.to_json(), **content}
+
+
+def _print_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    printed: dict[str, Any] = {"files": [vars(file) for file in checkpoint.files]}
+    if checkpoint.index:
+        printed["index"] = {"name": checkpoint.index[0], "array": checkpoint.index[1]}
+    return printed
+
+

@@ -1,0 +1,99 @@
+"""Which names a file may hold (spec/layout.md, "Names"). Checked lexically, before the file system is asked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from .errors import MalformedError
+from .limits import COMPONENT_BYTES, NAME_BYTES
+
+MANIFEST = "deltafmt.json"
+CHUNK_TABLE = "deltafmt.chunks"
+SHARD_PATTERN = re.compile(r"deltafmt-.*\.safetensors", re.DOTALL)
+BASE_ID = re.compile(r"[a-z0-9_-]{1,64}")
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_PATH_CHARACTERS = re.compile(r"[\\:]")
+_RESERVED = re.compile(r"(CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])", re.IGNORECASE)
+
+
+def shard_name(index: int, count: int) -> str:
+    """The name of shard `index` (from 0) of `count`."""
+    return f"deltafmt-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def is_shard_name(name: str) -> bool:
+    return SHARD_PATTERN.fullmatch(name) is not None
+
+
+def check_name(name: str, where: str) -> str:
+    """Check the name of a tensor or stored array; return it. Raises `MalformedError` (reason `name`)."""
+    if not name or _CONTROL.search(name) or _SURROGATE.search(name) or _length(name) > NAME_BYTES:
+        raise _refused(name, where)
+    if name == "__metadata__":
+        raise _refused(name, where)
+    return name
+
+
+def check_file_name(name: str, where: str) -> str:
+    """Check a relative file name with `/` separators; return it. Raises `MalformedError` (reason `name`)."""
+    check_name(name, where)
+    if _PATH_CHARACTERS.search(name):
+        raise _refused(name, where)
+    for component in name.split("/"):
+        if component in ("", ".", "..") or component[-1] in " ." or _length(component) > COMPONENT_BYTES:
+            raise _refused(name, where)
+        if _RESERVED.fullmatch(component.split(".")[0]):
+            raise _refused(name, where)
+    return name
+
+
+def check_sidecar_name(name: str, where: str) -> str:
+    """Check the name of a sidecar or an original weight file. Raises `MalformedError` (reason `name`)."""
+    check_file_name(name, where)
+    if name == MANIFEST or is_shard_name(name):
+        raise _refused(name, where, "is reserved for deltafmt itself")
+    return name
+
+
+def check_shard_name(name: str, where: str) -> str:
+    """Check the name of a shard. Raises `MalformedError` (reason `name`)."""
+    check_file_name(name, where)
+    if "/" in name or not name.endswith(".safetensors"):
+        raise _refused(name, where)
+    return name
+
+
+def check_no_clash(file_names: Iterable[str], where: str) -> None:
+    """Refuse equal file names, and one that is a directory of another. Raises `MalformedError` (reason `name`)."""
+    seen: set[str] = set()
+    directories: set[str] = set()
+    for name in file_names:
+        if name in seen:
+            raise _refused(name, where, "is given twice")
+        seen.add(name)
+        parts = name.split("/")
+        directories.update("/".join(parts[:end]) for end in range(1, len(parts)))
+    for name in sorted(seen & directories):
+        raise _refused(name, where, "is both a file and a directory")
+
+
+def escaped(name: str) -> str:
+    """A name as it can be shown on a terminal: no control characters, no surrogates, not longer than 200 characters."""
+    text = ascii(name)[1:-1] if _CONTROL.search(name) or _SURROGATE.search(name) else name
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _length(name: str) -> int:
+    return len(name.encode("utf-8", "surrogatepass"))
+
+
+def _refused(name: str, where: str, why: str = "is not allowed") -> MalformedError:
+    return MalformedError(
+        f"the name '{escaped(name)}' {why}",
+        where=where,
+        hint="Names are relative, without '..', drive letters or reserved device names (spec/layout.md)",
+        reason="name",
+    )

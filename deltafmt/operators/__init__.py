@@ -1,0 +1,38 @@
+"""Operators: the closed table of recipe nodes (spec/operators/). One file an operator; adding one is a change of the specification."""
+
+from __future__ import annotations
+
+from ..errors import MalformedError, UnsupportedError
+from ..limits import RECIPE_DEPTH
+from ..strictjson import Fields
+from .base import Facts, Operator, Scope, Source, Target, Value
+from .lowrank import Lowrank
+from .patch import Patch
+from .ref import Ref
+from .stored import Stored
+from .sum import Sum
+
+OPERATORS: dict[str, type[Operator]] = {kind.op: kind for kind in (Stored, Ref, Sum, Lowrank, Patch)}
+
+__all__ = ["OPERATORS", "Facts", "Lowrank", "Operator", "Patch", "Ref", "Scope", "Source", "Stored", "Sum", "Target", "Value", "parse_recipe"]
+
+
+def parse_recipe(value: object, pointer: str, depth: int = 1) -> Operator:
+    """A recipe from its JSON.
+
+    Raises:
+        UnsupportedError: an operator that is not in the table (reason `operator`).
+        MalformedError: wrong fields (`schema`), too deep (`cycle`).
+    """
+    if depth > RECIPE_DEPTH:
+        raise MalformedError(f"a recipe deeper than {RECIPE_DEPTH} nodes", where=pointer, reason="cycle")
+    fields = Fields(value, pointer)
+    op = fields.text("op")
+    kind = OPERATORS.get(op)
+    if kind is None:
+        raise UnsupportedError(
+            f"unknown operator {op[:80]!a}", where=pointer, hint=f"This version knows {', '.join(OPERATORS)}", reason="operator"
+        )
+    recipe = kind.parse(fields, lambda key, operand: parse_recipe(operand, f"{pointer}/{key}", depth + 1), pointer)
+    fields.done()
+    return recipe

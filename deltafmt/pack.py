@@ -1,0 +1,252 @@
+"""`pack`: a checkpoint becomes an archive."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint, TensorInfo
+from .digests import digest
+from .durable import DryRun, Staging
+from .errors import UsageError
+from .manifest import Base, BaseTensor, Manifest, Tensor
+from .methods.lossless import Coding, Prediction, choose
+from .methods.lowrank import Factored, LowrankMethod, Request
+from .methods.sharing import Parts
+from .operators import Patch, Ref, Stored
+from .operators.patch import predicts
+from .pipeline import Pipeline
+from .report import PackReport, Progress, silent
+from .roles import tensor_reports
+from .sources import BASE_ID, PathLike, check_apart, check_lossless, open_source
+from .version import __version__
+from .writer import SHARD_BYTES, ArchiveWriter
+
+METHODS = ("auto", "lossless", "lowrank")
+
+
+def pack(
+    src: PathLike,
+    dst: PathLike,
+    *,
+    base: PathLike | None = None,
+    method: str = "auto",
+    rank: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    target_size: int | None = None,
+    share: str | None = None,
+    share_parts: Parts = "both",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    force: bool = False,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = silent,
+    shard_bytes: int = SHARD_BYTES,
+) -> PackReport:
+    """Pack a checkpoint into an archive at `dst`. Lossless unless a lossy option is given.
+
+    Args:
+        src, base: a local Hugging Face directory or weight file, a Hub id, or an archive. `base` is another model that `src` was made from.
+        dst: the directory to create. Nothing is written there unless the whole pack succeeds.
+        method: `"lossless"`, `"lowrank"`, or `"auto"`: lowrank if one of the options below is given.
+        rank, energy, max_error, target_size: how many components to keep: a number; the share (0 to 1) of the delta's squared norm to keep; the largest
+            relative error of a tensor; bytes of the whole archive, spent where they lower the error most.
+        share: layers of the model share an anchor layer: `"sequential:K"`, `"alternating"`, or `"5:4,6:4"` (layer:anchor).
+        share_parts: `"mlp"`, `"attention"` or `"both"`.
+        include, exclude: glob patterns of the tensors that may become low-rank; all others stay lossless.
+        force: share layers even if they are not alike.
+        jobs: threads; one per processor if None.
+        overwrite: replace `dst` if it holds a checkpoint or an archive.
+        dry_run: do all the work, report the sizes, write nothing.
+        progress: called as the work goes on.
+        shard_bytes: begin another shard once this many bytes are in one.
+
+    Returns:
+        Sizes, errors and methods, in total and per tensor.
+
+    Raises:
+        UsageError: `dst` exists, or the request makes no sense (the message has the numbers).
+        MalformedError, IntegrityError, UnsupportedError: `src` or `base` cannot be read.
+        AccessError: reading or writing failed.
+    """
+    request = None
+    lossy = method == "lowrank" or any(option is not None for option in (rank, energy, max_error, target_size, share))
+    if method not in METHODS:
+        raise UsageError(f"unknown method {method!r}", hint=f"Choose one of {', '.join(METHODS)}")
+    if method == "lossless" and lossy:
+        raise UsageError("a lossy option contradicts the method lossless", hint="Leave the option or the method out")
+    if lossy:
+        request = Request(rank, energy, max_error, target_size, share, share_parts, tuple(include), tuple(exclude), force)
+    elif include or exclude or force:
+        raise UsageError("include, exclude and force choose what may be lost, and nothing may", hint="Add a lossy option, such as --rank")
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        checkpoint = stack.enter_context(open_source(src))
+        reference = stack.enter_context(open_source(base)) if base is not None else None
+        check_apart(Path(dst), src, base)
+        area = stack.enter_context((DryRun if dry_run else Staging)(Path(dst), overwrite=overwrite))
+        pipeline = stack.enter_context(Pipeline(jobs))
+        packer = _Packer(checkpoint, reference, pipeline, area, progress, shard_bytes)
+        if reference is not None:
+            check_lossless(reference)
+            packer.identify_base(str(base))
+        if request is not None:
+            packer.plan(request)
+        manifest = packer.run()
+        stored = packer.stored_bytes(manifest)
+        area.commit()
+    reports = tensor_reports(manifest, packer.array_bytes)
+    errors = [report.rel_error for report in reports.values() if report.rel_error is not None]
+    return PackReport(
+        logical_bytes=checkpoint.input_bytes,
+        stored_bytes=stored,
+        exact=all(tensor.exact for tensor in manifest.tensors.values()),
+        max_rel_error=max(errors, default=0.0),
+        seconds=time.perf_counter() - started,
+        tensors=reports,
+        source=str(src),
+        destination=str(dst),
+        base=None if base is None else str(base),
+        method="lossless" if request is None else "lowrank",
+        dry_run=dry_run,
+    )
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A tensor read and looked at: its digest, and how it is to be stored unless it turns out to be a copy."""
+
+    digest: str
+    coding: Coding | None = None
+    factored: Factored | None = None
+
+
+class _Packer:
+    def __init__(
+        self, checkpoint: Checkpoint, reference: Checkpoint | None, pipeline: Pipeline, area: Staging, progress: Progress, shard_bytes: int
+    ) -> None:
+        self._checkpoint, self._reference, self._pipeline, self._area = checkpoint, reference, pipeline, area
+        self._writer = ArchiveWriter(area, ((name, len(info.shape)) for name, info in checkpoint.tensors.items()), shard_bytes)
+        self._bases: dict[str, Base] = {}
+        self._copies: dict[tuple[str, tuple[int, ...], str], Ref] = {}
+        self._lowrank: LowrankMethod | None = None
+        self._progress = progress
+        self._done = 0
+        self._total = sum(info.nbytes for info in checkpoint.tensors.values())
+
+    # The base
+
+    def identify_base(self, name: str) -> None:
+        """Digest every tensor of the base; they are what it is known by from now on."""
+        reference = self._reference
+        assert reference is not None
+        tensors: dict[str, BaseTensor] = {}
+        work = partial(_known_or_computed, reference)
+        for (tensor, info), found in self._pipeline.ordered(reference.tensors.items(), work, lambda item: item[1].nbytes):
+            tensors[tensor] = BaseTensor(info.dtype, info.shape, found)
+            self._copies.setdefault((info.dtype.name, info.shape, found), Ref(tensor, BASE_ID))
+            self._progress(0, self._total, "reading the base")
+        self._bases[BASE_ID] = Base(tensors, repo=name)
+
+    # Methods
+
+    def plan(self, request: Request) -> None:
+        """Decide which tensors may lose something and how much. Raises `RefusedError` if the request makes no sense."""
+        self._lowrank = LowrankMethod(request, self._checkpoint, self._reference, self._pipeline, self._progress)
+        self._lowrank.plan()
+
+    def _prepare(self, item: tuple[str, TensorInfo]) -> _Prepared:
+        name, info = item
+        bits = self._checkpoint.read_whole(name)
+        found = digest(bits)
+        if self._lowrank is not None and (factored := self._lowrank.factor(name, bits)) is not None:
+            return _Prepared(found, factored=factored)
+        if (info.dtype.name, info.shape, found) in self._copies:
+            return _Prepared(found)
+        return _Prepared(found, coding=choose(info.dtype, info.shape, bits, self._prediction(name, info)))
+
+    def _prediction(self, name: str, info: TensorInfo) -> Prediction | None:
+        if self._reference is None or (like := self._reference.tensors.get(name)) is None:
+            return None
+        if like.shape != info.shape or not predicts(like.dtype, info.dtype) or not info.count:
+            return None
+        return Prediction(Ref(name, BASE_ID), like.dtype, self._reference.read_whole(name))
+
+    def _weight(self, item: tuple[str, TensorInfo]) -> int:
+        name, info = item
+        like = self._reference.tensors.get(name) if self._reference is not None else None
+        return info.nbytes + (like.nbytes if like is not None else 0)
+
+    # The work
+
+    def run(self) -> Manifest:
+        """Prepare tensors in parallel, encode their chunks in parallel, write everything in order."""
+        for (name, info), prepared in self._pipeline.ordered(self._checkpoint.tensors.items(), self._prepare, self._weight):
+            self._progress(self._done, self._total, name)
+            self._writer.tensors[name] = self._store(name, info, prepared)
+            self._done += info.nbytes
+            del prepared
+        for sidecar, path in self._checkpoint.sidecars.items():
+            self._writer.add_sidecar(sidecar, path)
+        layout = self._writer.add_layout(self._checkpoint)
+        self._progress(self._total, self._total, "done")
+        return self._writer.finish(layout, self._bases, {"producer": f"deltafmt {__version__}"})
+
+    def _store(self, name: str, info: TensorInfo, prepared: _Prepared) -> Tensor:
+        if prepared.factored is not None:
+            recipe = prepared.factored.write(name, self._writer)
+            return Tensor(info.dtype, info.shape, recipe, rel_error=prepared.factored.rel_error)
+        identity = (info.dtype.name, info.shape, prepared.digest)
+        copy = self._copies.get(identity)
+        if copy is not None:
+            return Tensor(info.dtype, info.shape, copy, digest=prepared.digest)
+        self._copies[identity] = Ref(name)
+        coding = prepared.coding
+        assert coding is not None
+        if coding.prediction is None:
+            stored = self._add(name, coding, info, prepared.digest)
+            return Tensor(info.dtype, info.shape, Stored(stored), digest=prepared.digest)
+        residual = self._add(f"{name}#residual", coding, info, None)
+        return Tensor(info.dtype, info.shape, Patch(coding.prediction.ref, Stored(residual)), digest=prepared.digest)
+
+    def _add(self, wanted: str, coding: Coding, info: TensorInfo, known: str | None) -> str:
+        running = None if known else hashlib.sha256()
+        array_digest = (lambda: "sha256:" + running.hexdigest()) if running else (lambda: known or "")
+        return self._writer.add_array(wanted, coding.array_dtype, info.shape, coding.encoding, self._chunks(coding, running), array_digest)
+
+    def _chunks(self, coding: Coding, running: Any) -> Iterator[list[Any]]:
+        width = coding.encoding.chunk * coding.dtype.width
+        done = self._done
+        for _, (elements, planes) in self._pipeline.ordered(range(coding.chunks), coding.chunk, lambda _: 2 * width, 32 << 20):
+            if running is not None:
+                running.update(elements)
+            self._done += elements.nbytes
+            self._progress(self._done, self._total, "")
+            yield planes
+        self._done = done
+
+    # Sizes
+
+    def array_bytes(self, name: str) -> int:
+        return self._writer.array_bytes[name]
+
+    def stored_bytes(self, manifest: Manifest) -> int:
+        """Bytes of the whole archive."""
+        return (
+            len(manifest.to_bytes())
+            + sum(shard.size for shard in manifest.shards)
+            + sum(sidecar.size for sidecar in manifest.sidecars.values())
+        )
+
+
+def _known_or_computed(checkpoint: Checkpoint, item: tuple[str, TensorInfo]) -> str:
+    return checkpoint.known_digest(item[0]) or digest(checkpoint.read_whole(item[0]))

@@ -1,0 +1,58 @@
+"""Ordered work on a pool of threads, with a bound on the bytes in flight."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import TypeVar
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+IN_FLIGHT_BYTES = 192 << 20
+
+
+def default_jobs() -> int:
+    """Threads to use if the user does not say: one per processor that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Pipeline:
+    """A pool of `jobs` threads. On an error or Ctrl-C what has not begun is dropped, what runs is waited for."""
+
+    def __init__(self, jobs: int | None = None) -> None:
+        self.jobs = jobs or default_jobs()
+        self._pool = ThreadPoolExecutor(self.jobs, thread_name_prefix="deltafmt")
+
+    def submit(self, work: Callable[[], _Result]) -> Future[_Result]:
+        return self._pool.submit(work)
+
+    def ordered(
+        self, items: Iterable[_Item], work: Callable[[_Item], _Result], nbytes: Callable[[_Item], int], limit: int = IN_FLIGHT_BYTES
+    ) -> Iterator[tuple[_Item, _Result]]:
+        """Do `work` on every item in parallel; yield items and results in order.
+
+        No item is begun while those begun and not yet asked past weigh more than `limit` bytes with it, except one alone.
+        """
+        waiting: deque[tuple[_Item, int, Future[_Result]]] = deque()
+        weight = 0
+        for item in items:
+            size = nbytes(item)
+            while waiting and (weight + size > limit or len(waiting) > 64 * self.jobs):
+                first, first_size, future = waiting.popleft()
+                yield first, future.result()
+                weight -= first_size
+            waiting.append((item, size, self._pool.submit(work, item)))
+            weight += size
+        while waiting:
+            first, _, future = waiting.popleft()
+            yield first, future.result()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)

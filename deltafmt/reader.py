@@ -1,0 +1,276 @@
+"""Reading an archive: everything that can be checked without tensor bytes is checked when it is opened; chunks are checked as they are read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from .checkpoint import Checkpoint, TensorInfo, WeightFileLayout
+from .digests import digest
+from .dtypes import Bits
+from .errors import AccessError, IntegrityError, MalformedError, UsageError, WrongBaseError
+from .limits import DEFAULT_LIMITS, Limits
+from .manifest import Array, Base, Manifest, parse_manifest
+from .names import MANIFEST, escaped
+from .operators.base import Read
+from .rebuild import Rebuilder
+from .scope import ManifestScope
+from .shards import ShardReader
+from .strictjson import parse
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a directory holds a deltafmt manifest."""
+    return (path / MANIFEST).is_file()
+
+
+def read_manifest(path: Path, limits: Limits = DEFAULT_LIMITS) -> Manifest:
+    """Read and check the manifest of an archive (steps 1 to 5 of spec/reasons.md).
+
+    Raises:
+        MalformedError: not an archive, or a manifest that breaks the specification.
+        UnsupportedError, IntegrityError: as spec/reasons.md says.
+    """
+    if not is_archive(path):
+        raise MalformedError(
+            f"no {MANIFEST} in '{path}'", hint="Not a deltafmt archive (or an interrupted pack: run it again)", reason="not-an-archive"
+        )
+    file = path / MANIFEST
+    limits.check("manifest_bytes", file.stat().st_size, str(file))
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise AccessError(f"cannot read: {error.strerror}", where=str(file)) from error
+    manifest = parse_manifest(data, str(file), limits)
+    ManifestScope(manifest).check(limits)
+    return manifest
+
+
+class Archive(Checkpoint):
+    """An open archive: a `Checkpoint` whose tensors are rebuilt as they are read. Thread-safe.
+
+    Args:
+        path: the archive's directory.
+        bases: base id -> an open checkpoint. Needed for tensors that refer to a base, and only then. They are closed with the archive.
+
+    Raises:
+        MalformedError, UnsupportedError, IntegrityError: as spec/reasons.md says, steps 1 to 6.
+        WrongBaseError: a base given has other tensors than the one the archive was packed against.
+    """
+
+    def __init__(self, path: Path, bases: Mapping[str, Checkpoint] | None = None, *, limits: Limits = DEFAULT_LIMITS) -> None:
+        self.path = path
+        self.location = str(path)
+        self.limits = limits
+        self.manifest = read_manifest(path, limits)
+        self.scope = ManifestScope(self.manifest)
+        self.tensors = {name: TensorInfo(tensor.dtype, tensor.shape) for name, tensor in self.manifest.tensors.items()}
+        self._shards: list[ShardReader] = []
+        self.bases: dict[str, VerifiedBase] = {}
+        self._closed = False
+        try:
+            self._open_shards()
+            self._check_sidecars()
+            for name, checkpoint in (bases or {}).items():
+                if name not in self.manifest.bases:
+                    raise UsageError(f"the archive refers to no base '{name}'", where=self.location, hint="Leave the base out")
+                self.bases[name] = VerifiedBase(name, self.manifest.bases[name], checkpoint, self.location)
+        except BaseException:
+            for shard in self._shards:
+                shard.close()
+            raise
+
+    def _open_shards(self) -> None:
+        held: list[dict[str, Array]] = [{} for _ in self.manifest.shards]
+        for name, array in self.manifest.arrays.items():
+            held[array.shard][name] = array
+        for shard, arrays in zip(self.manifest.shards, held, strict=True):
+            self._shards.append(ShardReader(self.path, shard, arrays, self.limits))
+
+    def _check_sidecars(self) -> None:
+        for name, sidecar in self.manifest.sidecars.items():
+            path = self.path / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != sidecar.size:
+                what = "the sidecar is missing" if found is None else "the sidecar has another size"
+                raise IntegrityError(what, where=str(path), expected=f"{sidecar.size} bytes", found=found, hint="Download it again", reason="sidecar")
+
+    # As a checkpoint
+
+    @property
+    def files(self) -> tuple[WeightFileLayout, ...]:  # type: ignore[override]
+        return tuple(WeightFileLayout(file.name, self.stored_bytes(file.header)) for file in self.manifest.checkpoint.files)
+
+    @property
+    def index(self) -> tuple[str, bytes] | None:  # type: ignore[override]
+        index = self.manifest.checkpoint.index
+        return index and (index[0], self.stored_bytes(index[1]))
+
+    @property
+    def sidecars(self) -> dict[str, Path]:  # type: ignore[override]
+        return {name: self.path / name for name in self.manifest.sidecars}
+
+    @property
+    def input_bytes(self) -> int:  # type: ignore[override]
+        """Bytes of the archive: manifest, shards and sidecars."""
+        return (
+            (self.path / MANIFEST).stat().st_size
+            + sum(shard.size for shard in self.manifest.shards)
+            + sum(sidecar.size for sidecar in self.manifest.sidecars.values())
+        )
+
+    def read(self, name: str, lo: int, hi: int, out: Bits) -> None:
+        self.rebuilder(name).read(lo, hi, out)
+
+    def known_digest(self, name: str) -> str | None:
+        return self.manifest.tensors[name].digest
+
+    # What recipes read
+
+    def rebuilder(self, name: str, depth: int = 0) -> Rebuilder:
+        """The recipe of a tensor bound to this archive and its bases. Raises `WrongBaseError` if a base is needed and missing."""
+        self._check_open()
+        tensor = self.manifest.tensors.get(name)
+        if tensor is None:
+            raise UsageError(f"there is no tensor '{escaped(name)}'", where=self.location, hint="keys() lists them")
+        return Rebuilder(tensor.recipe, _Depth(self, depth), self.scope, self.scope.target(name), depth)
+
+    def array_reader(self, name: str) -> Read:
+        self._check_open()
+        return self._shards[self.manifest.arrays[name].shard].array(name)
+
+    def base_reader(self, base: str, name: str) -> Read:
+        return self.base(base).reader(name)
+
+    def base(self, name: str) -> VerifiedBase:
+        """A base that was given. Raises `WrongBaseError` (reason `base-missing`) if it was not."""
+        if name not in self.bases:
+            known = self.manifest.bases[name]
+            raise WrongBaseError(
+                f"it needs the base '{name}'",
+                where=self.location,
+                expected=known.digest,
+                hint=f"Pass --base{f' {known.repo}' if known.repo else ''} (base= in Python)",
+                reason="base-missing",
+            )
+        return self.bases[name]
+
+    def stored_array(self, name: str) -> Bits:
+        """All elements of a stored array, flat, checked against its digest."""
+        array = self.manifest.arrays[name]
+        out = np.empty(array.count, array.dtype.bits)
+        self.array_reader(name)(0, out.size, out)
+        check_array_digest(self, name, digest(out))
+        return out
+
+    def stored_bytes(self, name: str) -> bytes:
+        """The content of a stored array of bytes."""
+        return self.stored_array(name).tobytes()
+
+    def original_metadata(self) -> dict[str, str] | None:
+        """`__metadata__` of the first original weight file, as safetensors gives it."""
+        for file in self.manifest.checkpoint.files:
+            header = parse(self.stored_bytes(file.header), self.location)
+            metadata: dict[str, str] | None = header.get("__metadata__") if isinstance(header, dict) else None
+            return metadata
+        return None
+
+    def stored_size(self, name: str) -> int:
+        """Bytes that a stored array takes in its shard."""
+        return self._shards[self.manifest.arrays[name].shard].size(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def close(self) -> None:
+        self._closed = True
+        for shard in self._shards:
+            shard.close()
+        for base in self.bases.values():
+            base.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("the archive is closed", where=self.location, hint="Read inside the 'with' block")
+
+
+def check_array_digest(archive: Archive, name: str, found: str) -> None:
+    """Raise `IntegrityError` if a stored array's digest is not the manifest's."""
+    expected = archive.manifest.arrays[name].digest
+    if found != expected:
+        raise IntegrityError(
+            f"the stored array '{escaped(name)}' does not match its digest",
+            where=archive.location,
+            expected=expected,
+            found=found,
+            hint="Download the archive again",
+            reason="digest",
+        )
+
+
+class _Depth:
+    """The archive as a recipe's source, knowing how many references led here (so that nested rebuilds use their own buffers)."""
+
+    def __init__(self, archive: Archive, depth: int) -> None:
+        self._archive, self._depth = archive, depth
+        self.array_reader = archive.array_reader
+        self.base_reader = archive.base_reader
+
+    def tensor_reader(self, name: str) -> Read:
+        return self._archive.rebuilder(name, self._depth + 1).read
+
+
+class VerifiedBase:
+    """A base that is what the manifest says: dtypes and shapes when it is opened, each tensor's digest before its first use."""
+
+    def __init__(self, name: str, expected: Base, checkpoint: Checkpoint, archive: str) -> None:
+        self._expected, self._checkpoint, self._archive = expected, checkpoint, archive
+        self._verified: set[str] = set()
+        self._lock = threading.Lock()
+        for tensor in sorted(expected.tensors.keys() | checkpoint.tensors.keys()):
+            needed, found = expected.tensors.get(tensor), checkpoint.tensors.get(tensor)
+            facts = [entry and f"{entry.dtype.name} {list(entry.shape)}" for entry in (needed, found)]
+            if facts[0] != facts[1]:
+                raise self._mismatch(tensor, facts[0] or "no such tensor", facts[1] or "no such tensor")
+
+    def _mismatch(self, tensor: str, needed: str, found: str) -> WrongBaseError:
+        repo = f" The archive was packed against '{self._expected.repo}'." if self._expected.repo else ""
+        return WrongBaseError(
+            f"'{self._checkpoint.location}' is not the base of this archive: the first difference is tensor '{escaped(tensor)}'",
+            where=self._archive,
+            expected=needed,
+            found=found,
+            hint=f"Base digest needed: {self._expected.digest}.{repo}",
+            reason="base-mismatch",
+        )
+
+    def reader(self, tensor: str) -> Read:
+        """A reader of a base tensor, its digest verified."""
+        self.verify(tensor)
+        if isinstance(self._checkpoint, Archive):
+            return self._checkpoint.rebuilder(tensor, 1).read
+        return lambda lo, hi, out: self._checkpoint.read(tensor, lo, hi, out)
+
+    def verify(self, tensor: str) -> None:
+        """Check one tensor's digest, once. Raises `WrongBaseError` (reason `base-mismatch`)."""
+        with self._lock:
+            if tensor in self._verified:
+                return
+        found = self._checkpoint.known_digest(tensor) or digest(self._checkpoint.read_whole(tensor))
+        if found != self._expected.tensors[tensor].digest:
+            raise self._mismatch(tensor, self._expected.tensors[tensor].digest, found)
+        with self._lock:
+            self._verified.add(tensor)
+
+    def nbytes(self, tensor: str) -> int:
+        return self._expected.tensors[tensor].nbytes
+
+    def unverified(self) -> list[str]:
+        """Tensors whose digest has not been checked yet."""
+        return [tensor for tensor in self._expected.tensors if tensor not in self._verified]
+
+    def close(self) -> None:
+        self._checkpoint.close()

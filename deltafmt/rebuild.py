@@ -1,0 +1,51 @@
+"""A tensor's recipe, bound to data: the fast path, block by block, and the ordered reference it must agree with (spec/arithmetic.md)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .dtypes import Bits, Dtype, round_to
+from .encodings import choose_chunk
+from .operators import Operator, Scope, Source, Target
+from .scratch import scratch
+
+_BLOCK_ELEMENTS = 1 << 20
+
+
+class Rebuilder:
+    """Rebuilds any range of one tensor; thread-safe. `depth` counts the references followed to get here."""
+
+    def __init__(self, recipe: Operator, source: Source, scope: Scope, target: Target, depth: int = 0) -> None:
+        self.target = target
+        self._value = recipe.bind(source, scope, target)
+        self._accumulator = f"accumulator {depth}"
+
+    @property
+    def dtype(self) -> Dtype:
+        return self.target.dtype
+
+    def piece(self, elements: int) -> int:
+        """About `elements`, as a whole number of chunks as the writer cuts them, or of rows: a good unit of work."""
+        row = self.target.shape[-1] if len(self.target.shape) > 1 else 1
+        chunk = choose_chunk(self.target.shape, self.dtype.width)
+        return max(elements // chunk, 1) * chunk if row <= elements else elements
+
+    def read(self, lo: int, hi: int, out: Bits) -> None:
+        """Elements `[lo, hi)` (flat indices), as bits of the tensor's dtype, into `out`."""
+        if self._value.facts.dtype is not None:
+            self._value.bits(lo, hi, out)
+            return
+        step = self.piece(_BLOCK_ELEMENTS)
+        for begin in range(lo, hi, step):
+            end = min(begin + step, hi)
+            wide = scratch(self._accumulator, self.target.accumulator, end - begin)
+            self._value.accumulate(begin, end, wide, first=True)
+            round_to(wide, self.dtype, out[begin - lo : end - lo])
+
+    def reference(self, lo: int, hi: int) -> Bits:
+        """The same elements by the ordered reference: slow, and the definition."""
+        if self._value.facts.dtype is not None:
+            out = np.empty(hi - lo, self.dtype.bits)
+            self._value.bits(lo, hi, out)
+            return out
+        return round_to(self._value.reference(lo, hi, self.target.accumulator), self.dtype)

@@ -1,0 +1,89 @@
+"""What the verbs report: plain dataclasses; `as_dict` is the `--json` output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeAlias
+
+Progress: TypeAlias = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in total, and what is being worked on; from one thread."""
+
+
+def silent(done: int, total: int, what: str) -> None:
+    """Progress that nobody looks at."""
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One tensor: how it is stored, at what size and error. `rank` and `rel_error` are None where they do not apply; sizes in bytes."""
+
+    method: str
+    dtype: str
+    shape: tuple[int, ...]
+    logical_bytes: int
+    stored_bytes: int
+    rank: int | None = None
+    rel_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Common to all verbs. `logical_bytes` is the size of the checkpoint, `stored_bytes` that of the archive, every file counted."""
+
+    logical_bytes: int
+    stored_bytes: int
+    exact: bool
+    max_rel_error: float
+    seconds: float
+    tensors: dict[str, TensorReport] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """Stored over logical bytes."""
+        return self.stored_bytes / self.logical_bytes if self.logical_bytes else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {**asdict(self), "ratio": self.ratio}
+
+
+@dataclass(frozen=True)
+class PackReport(Report):
+    source: str = ""
+    destination: str = ""
+    base: str | None = None
+    method: str = "lossless"
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class UnpackReport(Report):
+    source: str = ""
+    destination: str = ""
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class VerifyReport(Report):
+    """`against` is None if nothing was compared; `equal` says whether tensors and files are all the same, bit for bit."""
+
+    source: str = ""
+    against: str | None = None
+    equal: bool | None = None
+    base_checked: bool = True
+    differences: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class InspectReport(Report):
+    """`roles` maps base, factors, residual, weights, layout, sidecars, manifest and overhead to bytes; `sharing` maps a tensor to what it refers to."""
+
+    source: str = ""
+    version: str = ""
+    shards: int = 0
+    roles: dict[str, int] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    sharing: dict[str, str] = field(default_factory=dict)
+    bases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    annotations: dict[str, Any] = field(default_factory=dict)

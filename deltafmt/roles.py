@@ -1,0 +1,71 @@
+"""What the parts of an archive are for: which stored arrays a tensor owns, by which method, at what size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .manifest import Manifest, Tensor
+from .operators import Lowrank, Operator, Patch, Ref, Stored, Sum
+from .report import TensorReport
+
+ROLES = ("base", "factors", "residual", "layout", "sidecar", "manifest", "overhead")
+
+
+def array_roles(manifest: Manifest) -> dict[str, str]:
+    """Each stored array's role: `base` (weights stored whole), `factors`, `residual` or `layout` (headers of the original files)."""
+    roles = dict.fromkeys(manifest.checkpoint.arrays, "layout")
+    for tensor in manifest.tensors.values():
+        _mark(tensor.recipe, "base", roles)
+    return roles
+
+
+def _mark(node: Operator, role: str, roles: dict[str, str]) -> None:
+    if isinstance(node, Stored):
+        roles.setdefault(node.array, role)
+    elif isinstance(node, Patch):
+        _mark(node.prediction, role, roles)
+        _mark(node.residual, "residual", roles)
+    else:
+        for operand in node.operands():
+            _mark(operand, "factors" if isinstance(node, Lowrank) else role, roles)
+
+
+def method(tensor: Tensor, manifest: Manifest) -> str:
+    """`raw`, `compressed`, `ref` (inside the archive), `base-ref`, `patch`, `lowrank`."""
+    recipe = tensor.recipe
+    if isinstance(recipe, Stored):
+        return "raw" if manifest.arrays[recipe.array].encoding.is_raw else "compressed"
+    if isinstance(recipe, Ref):
+        return "ref" if recipe.base is None else "base-ref"
+    return "lowrank" if isinstance(recipe, (Sum, Lowrank)) else recipe.op
+
+
+def rank(tensor: Tensor, manifest: Manifest) -> int | None:
+    """The rank of a tensor's low-rank part; the sum, if there are several."""
+    ranks = [
+        manifest.arrays[node.a.array].shape[0] for node in tensor.recipe.walk() if isinstance(node, Lowrank) and isinstance(node.a, Stored)
+    ]
+    return sum(ranks) if ranks else None
+
+
+def refers_to(tensor: Tensor) -> list[str]:
+    """The tensors a recipe refers to; those of a base as `base:name`."""
+    nodes = (node for node in tensor.recipe.walk() if isinstance(node, Ref))
+    return [node.tensor if node.base is None else f"{node.base}:{node.tensor}" for node in nodes]
+
+
+def tensor_reports(manifest: Manifest, array_bytes: Callable[[str], int]) -> dict[str, TensorReport]:
+    """A report on every tensor. `array_bytes` gives the stored size of a stored array."""
+    reports = {}
+    for name, tensor in manifest.tensors.items():
+        owned = {node.array for node in tensor.recipe.walk() if isinstance(node, Stored)}
+        reports[name] = TensorReport(
+            method=method(tensor, manifest),
+            dtype=tensor.dtype.name,
+            shape=tensor.shape,
+            logical_bytes=tensor.nbytes,
+            stored_bytes=sum(array_bytes(array) for array in owned),
+            rank=rank(tensor, manifest),
+            rel_error=0.0 if tensor.exact else tensor.rel_error,
+        )
+    return reports

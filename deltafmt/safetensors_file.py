@@ -1,0 +1,174 @@
+"""Bounded, thread-safe reads of safetensors files, ours and everybody's."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from .digests import digest
+from .dtypes import Bits, Dtype, Shape, dtype
+from .errors import AccessError, IntegrityError, MalformedError
+from .limits import DEFAULT_LIMITS, MAX_INTEGER, Limits
+from .names import escaped
+from .strictjson import Fields, parse
+
+_LENGTH = 8  # bytes of the header's length at the beginning of a file
+_MAX_READ = 1 << 30
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors file; `begin` and `end` are byte offsets in the data section."""
+
+    dtype: Dtype
+    shape: Shape
+    begin: int
+    end: int
+
+
+def parse_header(header: bytes, where: str, limits: Limits = DEFAULT_LIMITS) -> dict[str, Entry]:
+    """Parse a safetensors header: entries in the order of their data, which they tile from 0 without holes or overlaps.
+
+    Raises:
+        MalformedError: not valid (reason `shard-header`), or offsets that do not tile (reason `shard-layout`).
+        UnsupportedError: a dtype that is not known.
+    """
+    try:
+        document = parse(header, where)
+        if not isinstance(document, dict):
+            raise MalformedError("the header is not an object", where=where)
+        limits.check("tensors", len(document), where)
+        metadata = document.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise MalformedError("__metadata__ maps strings to strings", where=where)
+        entries = sorted(((name, _parse_entry(item, f"{where}: {escaped(name)}")) for name, item in document.items()), key=_position)
+    except MalformedError as error:
+        if error.reason != "limit":
+            error.reason = "shard-header"
+        raise
+    position = 0
+    for name, entry in entries:
+        if entry.begin != position:
+            what = "a hole" if entry.begin > position else "an overlap"
+            raise MalformedError(f"{what} before tensor '{escaped(name)}'", where=where, expected=position, found=entry.begin, reason="shard-layout")
+        position = entry.end
+    return dict(entries)
+
+
+def _position(item: tuple[str, Entry]) -> tuple[int, int]:
+    return item[1].begin, item[1].end
+
+
+def _parse_entry(item: object, where: str) -> Entry:
+    fields = Fields(item, where)
+    kind = dtype(fields.text("dtype"), where)
+    shape = fields.array("shape")
+    offsets = fields.array("data_offsets")
+    fields.done()
+    for number in (*shape, *offsets):
+        if type(number) is not int or not 0 <= number <= MAX_INTEGER:
+            raise MalformedError("not a size", where=where, found=repr(number)[:40])
+    if len(offsets) != 2 or offsets[1] - offsets[0] != kind.nbytes(shape):
+        raise MalformedError("offsets that do not fit the shape", where=where, expected=kind.nbytes(shape), found=offsets)
+    return Entry(kind, tuple(shape), offsets[0], offsets[1])
+
+
+class SafetensorsFile:
+    """An open safetensors file. Reads are positional and thread-safe; the header is checked when it is opened.
+
+    Attributes:
+        path, size: the file and its size in bytes.
+        header: the header's bytes (without the length before them).
+        entries: name -> `Entry`, in the order of the data.
+
+    Args:
+        header_digest: what the SHA-256 of the first `8 + N` bytes must be, if it is known.
+
+    Raises:
+        AccessError: the file cannot be opened or read.
+        IntegrityError: the header does not match its digest.
+        MalformedError: it is not a valid safetensors file (reasons `shard-header`, `shard-layout`).
+    """
+
+    def __init__(self, path: Path, limits: Limits = DEFAULT_LIMITS, *, header_digest: str | None = None) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except OSError as error:
+            raise AccessError(f"cannot open: {error.strerror}", where=str(path), hint="Check the path and its permissions") from error
+        try:
+            self.size = os.fstat(self._fd).st_size
+            self.header = self._read_header(limits, header_digest)
+            self.entries = parse_header(self.header, str(path), limits)
+            self._check_end()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_header(self, limits: Limits, header_digest: str | None) -> bytes:
+        where = str(self.path)
+        if self.size < _LENGTH:
+            raise MalformedError("too short for a safetensors file", where=where, found=self.size, reason="shard-header")
+        length = int.from_bytes(self.read(0, _LENGTH), "little")
+        if length > self.size - _LENGTH:
+            raise MalformedError(
+                "the header is longer than the file (truncated?)", where=where, expected=f"at most {self.size - _LENGTH}", found=length, reason="shard-header"
+            )
+        limits.check("header_bytes", length, where)
+        head = self.read(0, _LENGTH + length).tobytes()
+        if header_digest is not None and digest(head) != header_digest:
+            raise IntegrityError(
+                f"bytes 0 to {len(head)}, the header, do not match their digest",
+                where=where,
+                expected=header_digest,
+                found=digest(head),
+                hint="Download the file again",
+                reason="shard-header",
+            )
+        return head[_LENGTH:]
+
+    def _check_end(self) -> None:
+        end = self.data_start + max((entry.end for entry in self.entries.values()), default=0)
+        if end != self.size:
+            what = "the file is truncated" if end > self.size else "trailing bytes behind the last tensor"
+            raise MalformedError(what, where=str(self.path), expected=f"{end} bytes", found=f"{self.size} bytes", reason="shard-layout")
+
+    @property
+    def data_start(self) -> int:
+        """File offset of the data section."""
+        return _LENGTH + len(self.header)
+
+    def read(self, offset: int, count: int) -> npt.NDArray[np.uint8]:
+        """`count` bytes at a file offset, in a new array."""
+        out = np.empty(count, np.uint8)
+        self.read_into(offset, out)
+        return out
+
+    def read_into(self, offset: int, out: Bits) -> None:
+        """Fill a C-contiguous array from a file offset. Raises `IntegrityError` if the file has become shorter."""
+        view = memoryview(out.view(np.uint8)).cast("B")
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._fd, [view[done : done + _MAX_READ]], offset + done)
+            except OSError as error:
+                raise AccessError(f"cannot read: {error.strerror}", where=str(self.path)) from error
+            if count == 0:
+                raise IntegrityError(
+                    "the file became shorter while it was open", where=str(self.path), expected=offset + len(view), found=offset + done, reason="shard-size"
+                )
+            done += count
+
+    def read_elements(self, name: str, lo: int, hi: int, out: Bits) -> None:
+        """Elements `[lo, hi)` of a tensor into `out` (unsigned integers of its width)."""
+        entry = self.entries[name]
+        self.read_into(self.data_start + entry.begin + lo * entry.dtype.width, out[: hi - lo])
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -1,0 +1,116 @@
+"""Names of one manifest resolved: operands exist and fit, references end, nothing is left over (step 5 of spec/reasons.md)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .dtypes import DTYPES
+from .errors import MalformedError
+from .limits import DEFAULT_LIMITS, RECIPE_DEPTH, Limits
+from .manifest import Manifest
+from .names import escaped
+from .operators import Facts, Lowrank, Operator, Ref, Stored, Target
+
+
+class ManifestScope:
+    """What a recipe's names stand for. `check` raises `MalformedError` (reasons `operand`, `cycle`, `coverage`, `limit`)."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+
+    def array(self, name: str) -> Facts | None:
+        array = self._manifest.arrays.get(name)
+        return array and Facts(array.dtype, array.shape, exact=True)
+
+    def tensor(self, name: str) -> Facts | None:
+        tensor = self._manifest.tensors.get(name)
+        return tensor and Facts(tensor.dtype, tensor.shape, exact=tensor.exact)
+
+    def base_tensor(self, base: str, name: str) -> Facts | None:
+        found = self._manifest.bases.get(base)
+        tensor = found and found.tensors.get(name)
+        return tensor and Facts(tensor.dtype, tensor.shape, exact=True)
+
+    def target(self, name: str) -> Target:
+        """The tensor `name` as the target of its recipe, with its accumulation type."""
+        tensor = self._manifest.tensors[name]
+        double = tensor.dtype.name == "F64" or any(
+            facts is not None and facts.dtype is DTYPES["F64"] for facts in map(self._leaf, tensor.recipe.walk())
+        )
+        return Target(name, tensor.dtype, tensor.shape, np.dtype("f8" if double else "f4"))
+
+    def bases_needed(self, name: str) -> set[str]:
+        """The bases that a tensor refers to, directly or through other tensors."""
+        needed: set[str] = set()
+        for node in self._manifest.tensors[name].recipe.walk():
+            if isinstance(node, Ref):
+                needed |= self.bases_needed(node.tensor) if node.base is None else {node.base}
+        return needed
+
+    def _leaf(self, node: Operator) -> Facts | None:
+        if isinstance(node, Stored):
+            return self.array(node.array)
+        if isinstance(node, Ref):
+            return self.tensor(node.tensor) if node.base is None else self.base_tensor(node.base, node.tensor)
+        return None
+
+    def check(self, limits: Limits = DEFAULT_LIMITS) -> None:
+        """Check every recipe and the coverage of stored arrays."""
+        used: set[str] = set(self._manifest.checkpoint.arrays)
+        depths: dict[str, int] = {}
+        for name, tensor in self._manifest.tensors.items():
+            for node in tensor.recipe.walk():
+                if isinstance(node, Stored):
+                    used.add(node.array)
+                elif isinstance(node, Lowrank):
+                    factor = self._leaf(node.a)
+                    if factor is not None and factor.shape:
+                        limits.check("rank", factor.shape[0], f"tensor '{escaped(name)}'")
+            self._check_recipe(name)
+            self._depth(name, depths, [])
+        for array in self._manifest.arrays:
+            if array not in used:
+                raise MalformedError("a stored array that nothing uses", where=f"/arrays/{escaped(array)}", reason="coverage")
+        self._check_checkpoint()
+
+    def _check_recipe(self, name: str) -> None:
+        tensor = self._manifest.tensors[name]
+        pointer = f"/tensors/{escaped(name)}/recipe"
+        facts = tensor.recipe.infer(self, self.target(name), pointer)
+        if facts.shape != tensor.shape:
+            raise MalformedError("the recipe has another shape", where=pointer, expected=list(tensor.shape), found=list(facts.shape), reason="operand")
+        if facts.dtype is None and not tensor.dtype.is_float:
+            raise MalformedError("a wide recipe for a dtype it cannot be rounded to", where=pointer, found=tensor.dtype.name, reason="operand")
+        if facts.dtype is not None and facts.dtype != tensor.dtype:
+            raise MalformedError("the recipe has another dtype", where=pointer, expected=tensor.dtype.name, found=facts.dtype.name, reason="operand")
+        if tensor.exact and not facts.exact:
+            raise MalformedError("a digest on a recipe that is not exact", where=pointer, reason="coverage")
+
+    def _depth(self, name: str, known: dict[str, int], path: list[str]) -> int:
+        """Nodes on the longest way down from a tensor, through references."""
+        if name in path:
+            cycle = " -> ".join(escaped(step) for step in [*path[path.index(name) :], name])
+            raise MalformedError(f"references form a cycle: {cycle}", where="/tensors", reason="cycle")
+        if len(path) > RECIPE_DEPTH:
+            raise MalformedError(f"references deeper than {RECIPE_DEPTH}", where=f"/tensors/{escaped(path[0])}", reason="cycle")
+        if name not in known:
+            path.append(name)
+            known[name] = self._node_depth(self._manifest.tensors[name].recipe, known, path)
+            path.pop()
+        if known[name] > RECIPE_DEPTH:
+            raise MalformedError(f"a recipe deeper than {RECIPE_DEPTH} nodes", where=f"/tensors/{escaped(name)}", reason="cycle")
+        return known[name]
+
+    def _node_depth(self, node: Operator, known: dict[str, int], path: list[str]) -> int:
+        below = [self._node_depth(operand, known, path) for operand in node.operands()]
+        if isinstance(node, Ref) and node.base is None and node.tensor in self._manifest.tensors:
+            below.append(self._depth(node.tensor, known, path))
+        return 1 + max(below, default=0)
+
+    def _check_checkpoint(self) -> None:
+        for name in self._manifest.checkpoint.arrays:
+            array = self._manifest.arrays.get(name)
+            if array is None:
+                raise MalformedError(f"there is no stored array '{escaped(name)}'", where="/checkpoint", reason="operand")
+            if array.dtype.name != "U8" or len(array.shape) != 1:
+                raise MalformedError("a header that is not a list of bytes", where=f"/arrays/{escaped(name)}", reason="operand")

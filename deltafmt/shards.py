@@ -1,0 +1,221 @@
+"""deltafmt's own shards: chunks in, chunks out, checked against the chunk table (spec/layout.md, "Shards", "Chunk table")."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .digests import checksum, digest
+from .dtypes import DTYPES, Bits, Dtype, Shape
+from .durable import NewFile
+from .encodings import Encoding, decode_chunk
+from .errors import IntegrityError, MalformedError
+from .limits import Limits
+from .manifest import Array, Shard
+from .names import CHUNK_TABLE, escaped
+from .safetensors_file import Entry, SafetensorsFile
+from .scratch import scratch
+from .strictjson import canonical
+
+_AGAIN = "Download the shard again"
+_SLACK = 1000  # a header may be padded by a 1/1000 of the shard
+
+
+class ShardReader:
+    """An open shard whose size, header and entries agree with the manifest.
+
+    Args:
+        arrays: the stored arrays that the manifest places in this shard.
+
+    Raises:
+        IntegrityError: the file is missing, has another size, or its header does not match its digest.
+        MalformedError: entries other than the manifest's; holes, overlaps, trailing bytes.
+    """
+
+    def __init__(self, folder: Path, shard: Shard, arrays: Mapping[str, Array], limits: Limits) -> None:
+        self.path = folder / shard.name
+        self._arrays = arrays
+        needed = f"{len(arrays)} stored arrays need it. {_AGAIN}"
+        found = self.path.stat().st_size if self.path.is_file() else None
+        if found is None:
+            raise IntegrityError("the shard is missing", where=str(self.path), expected=f"{shard.size} bytes", hint=needed, reason="shard-missing")
+        if found != shard.size:
+            raise IntegrityError(
+                "the shard has another size", where=str(self.path), expected=f"{shard.size} bytes", found=f"{found} bytes", hint=needed, reason="shard-size"
+            )
+        self._file = SafetensorsFile(self.path, limits, header_digest=shard.header)
+        try:
+            self._check_entries()
+        except BaseException:
+            self.close()
+            raise
+        self._lock = threading.Lock()
+        self._table: npt.NDArray[np.uint64] | None = None
+
+    def _check_entries(self) -> None:
+        entries = dict(self._file.entries)
+        table = entries.pop(CHUNK_TABLE, None)
+        if table is None or table.dtype.name != "U64" or len(table.shape) != 1 or table.shape[0] < 1:
+            raise self._layout(f"no chunk table '{CHUNK_TABLE}' of dtype U64")
+        for name in sorted(entries.keys() ^ self._arrays.keys()):
+            raise self._layout(f"'{escaped(name)}' is in {'the shard' if name in entries else 'the manifest'} only")
+        for name, entry in entries.items():
+            array = self._arrays[name]
+            expected = (array.dtype.name, array.shape) if array.encoding.is_raw else ("U8", (entry.end - entry.begin,))
+            if (entry.dtype.name, entry.shape) != expected:
+                raise self._layout(f"'{escaped(name)}' has another dtype or shape", expected, (entry.dtype.name, entry.shape))
+
+    def _layout(self, what: str, expected: object = None, found: object = None) -> MalformedError:
+        return MalformedError(what, where=str(self.path), expected=expected, found=found, reason="shard-layout")
+
+    def _words(self) -> npt.NDArray[np.uint64]:
+        """The chunk table, read once, its checksum and its division into rows checked."""
+        with self._lock:
+            if self._table is None:
+                table = np.empty(self._file.entries[CHUNK_TABLE].shape[0], np.uint64)
+                self._file.read_elements(CHUNK_TABLE, 0, table.size, table)
+                if checksum(table[:-1]) != table[-1]:
+                    raise self._bad_table("it does not match its checksum")
+                position = 0
+                for name, array in sorted(self._arrays.items(), key=lambda item: item[1].table):
+                    if array.count and array.table != position:
+                        raise self._bad_table(f"the rows of '{escaped(name)}' are not where they should be", position, array.table)
+                    position += array.encoding.table_words(array.dtype, array.count)
+                if position + 1 != table.size:
+                    raise self._bad_table("it has another length", position + 1, table.size)
+                self._table = table
+            return self._table
+
+    def _bad_table(self, what: str, expected: object = None, found: object = None) -> IntegrityError:
+        return IntegrityError(f"the chunk table is damaged: {what}", where=str(self.path), expected=expected, found=found, hint=_AGAIN, reason="table")
+
+    def array(self, name: str) -> ArrayReader:
+        """A reader of one stored array. Raises `IntegrityError` (reason `table`)."""
+        array, entry, words = self._arrays[name], self._file.entries[name], self._words()
+        planes = array.encoding.planes(array.dtype)
+        length = array.encoding.table_words(array.dtype, array.count)
+        rows = words[array.table : array.table + length].reshape(-1, 1 + planes)
+        ends = rows[:, 1:]
+        flat = ends.ravel()
+        if (flat[1:] < flat[:-1]).any() or (flat[-1] if flat.size else 0) != entry.end - entry.begin:
+            raise self._bad_table(f"the rows of '{escaped(name)}' do not fit its {entry.end - entry.begin} bytes")
+        return ArrayReader(self._file, name, array, entry, rows)
+
+    def size(self, name: str) -> int:
+        """Bytes that a stored array takes in the shard."""
+        entry = self._file.entries[name]
+        return entry.end - entry.begin
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ArrayReader:
+    """Reads any range of one stored array, decoding and checking only the chunks it touches; thread-safe."""
+
+    def __init__(self, file: SafetensorsFile, name: str, array: Array, entry: Entry, rows: npt.NDArray[np.uint64]) -> None:
+        self._file, self._name, self._array = file, name, array
+        self._begin = file.data_start + entry.begin
+        self._rows = rows
+
+    def __call__(self, lo: int, hi: int, out: Bits) -> None:
+        """Elements `[lo, hi)` into `out`, as bits. Raises `IntegrityError`, `MalformedError`."""
+        chunk = self._array.encoding.chunk
+        for index in range(lo // chunk, -(-hi // chunk) if hi > lo else lo // chunk):
+            begin, end = index * chunk, min((index + 1) * chunk, self._array.count)
+            if lo <= begin and end <= hi:
+                self._decode(index, out[begin - lo : end - lo])
+            else:
+                whole = scratch("partial chunk", self._array.dtype.bits, end - begin)
+                self._decode(index, whole)
+                first, last = max(lo, begin), min(hi, end)
+                np.copyto(out[first - lo : last - lo], whole[first - begin : last - begin])
+
+    def _decode(self, index: int, out: Bits) -> None:
+        row = self._rows[index].tolist()
+        begin = int(self._rows[index - 1, -1]) if index else 0
+        size = row[-1] - begin
+        where = f"{self._file.path}: '{escaped(self._name)}', chunk {index}, bytes {self._begin + begin} to {self._begin + row[-1]}"
+        if size > out.nbytes:
+            raise IntegrityError("a chunk is longer than its elements", where=where, expected=out.nbytes, found=size, hint=_AGAIN, reason="table")
+        raw = self._array.encoding.is_raw and size == out.nbytes
+        stored = out.view(np.uint8) if raw else scratch("stored chunk", np.uint8, size)
+        self._file.read_into(self._begin + begin, stored)
+        if checksum(stored) != row[0]:
+            raise IntegrityError("the chunk does not match its checksum", where=where, expected=f"{row[0]:016x}", found=f"{checksum(stored):016x}", hint=_AGAIN, reason="chunk-checksum")
+        if not raw:
+            decode_chunk(stored, [end - begin for end in row[1:]], self._array.encoding, out, where)
+
+
+class ShardWriter:
+    """Writes one shard: arrays one after another, then the table, then the header in the room left for it.
+
+    Args:
+        room: bytes to leave for the header; at least what `header_room` says of the arrays that may come.
+    """
+
+    def __init__(self, file: NewFile, index: int, room: int) -> None:
+        self._file = file
+        self._index = index
+        self._room = room
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._words: list[int] = []
+        self._data = self._file.position = 8 + room
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of array data written so far."""
+        return self._file.position - self._data
+
+    def add(self, name: str, dtype: Dtype, shape: Shape, encoding: Encoding, chunks: Iterable[list[Any]], digest: Callable[[], str]) -> Array:
+        """Write one stored array from its encoded chunks (each: the stored bytes of its planes); return its manifest entry.
+
+        `digest` is asked once the chunks are through.
+        """
+        begin, table = self.stored_bytes, len(self._words)
+        for planes in chunks:
+            stored = planes[0] if len(planes) == 1 else b"".join(planes)
+            self._file.append(stored)
+            position = self.stored_bytes - begin - memoryview(stored).nbytes
+            self._words.append(checksum(stored))
+            for plane in planes:
+                position += memoryview(plane).nbytes
+                self._words.append(position)
+        end = self.stored_bytes
+        natural = (dtype.name, list(shape)) if encoding.is_raw else ("U8", [end - begin])
+        self._entries[name] = {"dtype": natural[0], "shape": natural[1], "data_offsets": [begin, end]}
+        return Array(dtype, shape, self._index, encoding, table if end > begin else 0, digest())
+
+    def finish(self, name: str) -> Shard:
+        """Write table and header, flush to the device; return the manifest entry under the shard's final name."""
+        table = np.array([*self._words, 0], np.uint64)
+        table[-1] = checksum(table[:-1])
+        begin = self.stored_bytes
+        self._file.append(table)
+        self._entries[CHUNK_TABLE] = {"dtype": "U64", "shape": [table.size], "data_offsets": [begin, self.stored_bytes]}
+        header = canonical(self._entries)
+        length = self._room
+        if self._room - len(header) > max(self.stored_bytes // _SLACK, 7):
+            length = -(-len(header) // 8) * 8
+            self._file.shift_down(self._data, 8 + length, self.stored_bytes)
+        head = length.to_bytes(8, "little") + header.ljust(length)
+        assert len(head) == 8 + length, "header_room promised more"
+        self._file.write_at(0, head)
+        return Shard(name, self._file.finish(), digest(head))
+
+
+def header_room(arrays: Iterable[tuple[str, int]]) -> int:
+    """An upper bound, in bytes, of the header of a shard with these arrays: (name, dimensions) each. A multiple of 8."""
+    room = sum(len(canonical(name)) + 120 + 20 * dimensions for name, dimensions in arrays) + 200
+    return math.ceil(room / 8) * 8
+
+
+def raw_bytes(data: bytes) -> Bits:
+    """Bytes as the elements of a `U8` array."""
+    return np.frombuffer(data, DTYPES["U8"].bits)

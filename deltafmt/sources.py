@@ -1,0 +1,101 @@
+"""Whatever a user may name as a source or a base, opened: an archive, a local checkpoint, or a Hub id."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+from . import hf, hub
+from .checkpoint import Checkpoint
+from .errors import AccessError, DestinationError, MalformedError, UsageError
+from .limits import DEFAULT_LIMITS, Limits
+from .reader import Archive, is_archive
+
+PathLike: TypeAlias = str | os.PathLike[str]
+Bases: TypeAlias = PathLike | Checkpoint | Mapping[str, PathLike | Checkpoint]
+
+
+def open_source(source: PathLike | Checkpoint, *, limits: Limits = DEFAULT_LIMITS) -> Checkpoint:
+    """Open a model for reading; close it when done.
+
+    Args:
+        source: a directory or weight file, an archive, a Hub id (`org/name`, or `org/name@revision`), or a checkpoint that is open already.
+
+    Raises:
+        AccessError: it does not exist, or cannot be fetched.
+        MalformedError, IntegrityError, UnsupportedError: it is damaged or unknown.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    path = local_path(source)
+    return Archive(path, limits=limits) if is_archive(path) else hf.open_plain(path, limits=limits)
+
+
+def open_archive(path: PathLike, base: Bases | None = None, *, limits: Limits = DEFAULT_LIMITS) -> Archive:
+    """Open an archive and its bases.
+
+    Args:
+        path: the archive's directory, or a Hub id.
+        base: the base it was packed against; a mapping of base ids if there are several.
+
+    Raises:
+        MalformedError, UnsupportedError, IntegrityError: as spec/reasons.md says.
+        WrongBaseError: `base` is another model.
+    """
+    folder = local_path(path, missing_is_malformed=True)
+    bases: dict[str, Checkpoint] = {}
+    try:
+        if isinstance(base, Mapping):
+            bases = {name: open_source(source, limits=limits) for name, source in base.items()}
+        elif base is not None:
+            bases = {BASE_ID: open_source(base, limits=limits)}
+        return Archive(folder, bases, limits=limits)
+    except BaseException:
+        for checkpoint in bases.values():
+            checkpoint.close()
+        raise
+
+
+BASE_ID = "base"
+"""The id under which `pack` records its base, and under which a base is looked for if no id is given."""
+
+
+def local_path(source: PathLike, *, missing_is_malformed: bool = False) -> Path:
+    """The local path of a source, downloaded first if it is a Hub id."""
+    path = Path(source)
+    if path.exists():
+        return path
+    text = os.fspath(source)
+    if not path.is_symlink() and hub.looks_like_repo_id(text) and not text.startswith((".", "/")) and not path.parent.is_dir():
+        repo, _, revision = text.partition("@")
+        return hub.download(repo, revision=revision or None)[0]
+    if missing_is_malformed:
+        raise MalformedError(f"'{text}' does not exist", hint="Name the directory that holds deltafmt.json", reason="not-an-archive")
+    raise AccessError(f"'{text}' does not exist", hint="Name a directory, a weight file, or a Hub id (org/name)")
+
+
+def check_apart(destination: Path, *sources: PathLike | Checkpoint | None) -> None:
+    """Refuse a destination that is, holds, or lies in one of its sources. Raises `DestinationError`."""
+    target = Path(os.path.realpath(destination))
+    for source in sources:
+        if source is None or isinstance(source, Checkpoint):
+            continue
+        origin = Path(os.path.realpath(source))
+        if target == origin or origin in target.parents or target in origin.parents:
+            raise DestinationError(
+                "the destination and a source overlap", where=str(destination), found=str(source), hint="Choose a destination beside it"
+            )
+
+
+def check_lossless(checkpoint: Checkpoint) -> None:
+    """Refuse a base whose tensors are approximations: rebuilt, they differ from machine to machine. Raises `UsageError`."""
+    if isinstance(checkpoint, Archive):
+        lossy = [name for name, tensor in checkpoint.manifest.tensors.items() if not tensor.exact]
+        if lossy:
+            raise UsageError(
+                f"a lossy archive cannot be a base ({len(lossy)} tensors are approximations)",
+                where=checkpoint.location,
+                hint="Unpack it first and use the unpacked checkpoint as the base",
+            )

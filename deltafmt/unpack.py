@@ -1,0 +1,177 @@
+"""`unpack`: an archive becomes the checkpoint it was packed from."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from .checkpoint import TensorInfo
+from .dtypes import Bits, Dtype, round_to, widen
+from .durable import NewFile, Staging
+from .errors import IntegrityError
+from .layout import OutputFile, new_layout, original_layout, output_dtype
+from .names import escaped
+from .pipeline import Pipeline
+from .reader import Archive
+from .rebuild import Rebuilder
+from .report import Progress, UnpackReport, silent
+from .roles import tensor_reports
+from .sources import Bases, PathLike, check_apart, open_archive
+from .writer import copied
+
+_PIECE_BYTES = 4 << 20
+
+
+def unpack(
+    src: PathLike,
+    dst: PathLike,
+    *,
+    base: Bases | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | None = None,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> UnpackReport:
+    """Unpack an archive into a plain Hugging Face checkpoint at `dst`.
+
+    Of a lossless archive every file is identical, byte for byte, to the one that was packed; each tensor is checked against its digest before
+    anything appears at `dst`.
+
+    Args:
+        src: the archive.
+        dst: the directory to create.
+        base: the base it was packed against, if it was.
+        dtype: cast float tensors (`bfloat16`, `float16`, `float32`, `float64`).
+        max_shard_size: bytes; write new shards of at most this size in place of the original ones.
+        jobs: threads; one per processor if None.
+        overwrite: replace `dst` if it holds a checkpoint or an archive.
+
+    Raises:
+        WrongBaseError: a base is needed and missing, or is another model.
+        IntegrityError, MalformedError, UnsupportedError: the archive is damaged or unknown (spec/reasons.md).
+        UsageError: `dst` exists; an unknown dtype.
+        AccessError: writing failed.
+    """
+    started = time.perf_counter()
+    cast = output_dtype(dtype) if dtype is not None else None
+    with contextlib.ExitStack() as stack:
+        archive = stack.enter_context(open_archive(src, base))
+        check_apart(Path(dst), archive.path, base if isinstance(base, str | Path) else None)
+        area = stack.enter_context(Staging(Path(dst), overwrite=overwrite))
+        pipeline = stack.enter_context(Pipeline(jobs))
+        plain = cast is None and max_shard_size is None
+        layout = original_layout(archive) if plain else new_layout(archive, cast, max_shard_size)
+        unpacker = _Unpacker(archive, pipeline, progress)
+        for output in layout.files:
+            unpacker.write(output, area.create(output.name))
+        if layout.index is not None:
+            area.write(layout.index[0], [layout.index[1]])
+        for name, path in archive.sidecars.items():
+            _, found = copied(area, name, path)
+            check_sidecar(archive, name, found)
+        check_rest_of_bases(archive, pipeline)
+        area.commit()
+        reports = tensor_reports(archive.manifest, archive.stored_size)
+        files = (*(output.name for output in layout.files), *archive.sidecars, *([layout.index[0]] if layout.index else []))
+        return UnpackReport(
+            logical_bytes=sum((Path(dst) / name).stat().st_size for name in files),
+            stored_bytes=archive.input_bytes,
+            exact=all(tensor.exact for tensor in archive.manifest.tensors.values()) and cast is None,
+            max_rel_error=max((report.rel_error or 0.0 for report in reports.values()), default=0.0),
+            seconds=time.perf_counter() - started,
+            tensors=reports,
+            source=str(src),
+            destination=str(dst),
+            files=tuple(sorted(files)),
+        )
+
+
+def check_sidecar(archive: Archive, name: str, found: str) -> None:
+    """Raise `IntegrityError` if a sidecar's digest is not the manifest's."""
+    expected = archive.manifest.sidecars[name].digest
+    if found != expected:
+        raise IntegrityError("the sidecar has changed", where=str(archive.path / name), expected=expected, found=found, hint="Download it again", reason="digest")
+
+
+class _Unpacker:
+    def __init__(self, archive: Archive, pipeline: Pipeline, progress: Progress) -> None:
+        self._archive, self._pipeline, self._progress = archive, pipeline, progress
+        self._buffers: list[Bits] = []
+        self._done = 0
+        self._total = archive.manifest.logical_bytes
+
+    def write(self, output: OutputFile, file: NewFile) -> None:
+        """Write one weight file: rebuilt and written piece by piece in parallel, digested in order."""
+        file.append(len(output.header).to_bytes(8, "little") + output.header)
+        offset = file.position
+        for (name, info), rebuilder in self._pipeline.ordered(output.tensors.items(), self._rebuilder, lambda item: 1 << 20):
+            self._progress(self._done, self._total, name)
+            running = hashlib.sha256() if self._archive.manifest.tensors[name].exact else None
+            for bits in self._pieces(rebuilder, info, file, offset):
+                if running is not None:
+                    running.update(bits)
+                self._done += bits.nbytes
+                self._progress(self._done, self._total, "")
+            if running is not None:
+                check_digest(self._archive, name, "sha256:" + running.hexdigest())
+            offset += info.nbytes
+        file.finish()
+
+    def _rebuilder(self, item: tuple[str, TensorInfo]) -> Rebuilder:
+        return self._archive.rebuilder(item[0])
+
+    def _pieces(self, rebuilder: Rebuilder, info: TensorInfo, file: NewFile, offset: int) -> Iterator[Bits]:
+        for _, piece in self._pipeline.ordered(
+            piece_ranges(rebuilder, info.count), partial(self._piece, rebuilder, info.dtype, file, offset), lambda span: 8 * (span[1] - span[0])
+        ):
+            yield piece
+            self._buffers.append(piece.base if piece.base is not None else piece)
+
+    def _piece(self, rebuilder: Rebuilder, dtype: Dtype, file: NewFile, offset: int, span: tuple[int, int]) -> Bits:
+        lo, hi = span
+        bits = self._buffer((hi - lo) * rebuilder.dtype.width).view(rebuilder.dtype.bits)
+        rebuilder.read(lo, hi, bits)
+        written = bits
+        if dtype != rebuilder.dtype:
+            wide = np.dtype("f8" if rebuilder.dtype.name == "F64" or dtype.name == "F64" else "f4")
+            written = round_to(widen(bits, rebuilder.dtype, wide), dtype)
+        file.write_at(offset + lo * dtype.width, written)
+        return bits
+
+    def _buffer(self, size: int) -> Bits:
+        try:
+            buffer = self._buffers.pop()
+        except IndexError:
+            buffer = np.empty(0, np.uint8)
+        if buffer.nbytes < size:
+            buffer = np.empty(max(size, 2 * _PIECE_BYTES), np.uint8)
+        return buffer[:size]
+
+
+def check_rest_of_bases(archive: Archive, pipeline: Pipeline) -> None:
+    """Check the digests of base tensors that no recipe asked for: a base that is given must be the whole of what it was."""
+    for base in archive.bases.values():
+        for _ in pipeline.ordered(base.unverified(), base.verify, base.nbytes):
+            pass
+
+
+def piece_ranges(rebuilder: Rebuilder, count: int) -> list[tuple[int, int]]:
+    """Ranges of about 4 MiB that cut few rows and chunks."""
+    step = rebuilder.piece(_PIECE_BYTES // rebuilder.dtype.width)
+    return [(lo, min(lo + step, count)) for lo in range(0, count, step)]
+
+
+def check_digest(archive: Archive, name: str, found: str) -> None:
+    """Raise `IntegrityError` if a rebuilt tensor's digest is not the manifest's."""
+    expected = archive.manifest.tensors[name].digest
+    if found != expected:
+        raise IntegrityError(
+            f"tensor '{escaped(name)}' does not match its digest", where=archive.location, expected=expected, found=found, hint="Download the archive again", reason="digest"
+        )

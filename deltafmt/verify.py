@@ -1,0 +1,192 @@
+"""`verify`: every digest of an archive, and equality with a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from .checkpoint import Checkpoint
+from .digests import file_digest
+from .dtypes import Bits, Dtype, widen
+from .layout import original_layout
+from .operators import Stored
+from .operators.base import Read
+from .pipeline import Pipeline
+from .reader import Archive, check_array_digest
+from .rebuild import Rebuilder
+from .report import Progress, VerifyReport, silent
+from .roles import tensor_reports
+from .sources import Bases, PathLike, open_archive, open_source
+from .unpack import check_digest, check_rest_of_bases, check_sidecar, piece_ranges
+
+_PIECE_ELEMENTS = 1 << 20
+
+
+def verify(
+    src: PathLike,
+    *,
+    base: Bases | None = None,
+    against: PathLike | None = None,
+    jobs: int | None = None,
+    progress: Progress = silent,
+) -> VerifyReport:
+    """Check every byte of an archive; with `against`, compare it with a checkpoint tensor by tensor.
+
+    Without the base that an archive refers to, what does not need it is checked (`base_checked` is then False).
+
+    Args:
+        src: the archive.
+        base: the base it was packed against.
+        against: a checkpoint (or archive) to compare with; the report then has `equal`, `differences` and the relative error per tensor.
+
+    Raises:
+        IntegrityError, MalformedError, UnsupportedError: the archive is damaged or unknown (spec/reasons.md).
+        WrongBaseError: `base` is another model; or `against` is given, and the base is needed and missing.
+    """
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        archive = stack.enter_context(open_archive(src, base))
+        other = stack.enter_context(open_source(against)) if against is not None else None
+        pipeline = stack.enter_context(Pipeline(jobs))
+        checker = _Checker(archive, other, pipeline, progress)
+        checker.check_arrays()
+        original_layout(archive)
+        errors = checker.check_tensors()
+        for name, path in archive.sidecars.items():
+            check_sidecar(archive, name, file_digest(path))
+        check_rest_of_bases(archive, pipeline)
+        differences = _differences(archive, other, errors) if other is not None else {}
+        reports = {
+            name: replace(report, rel_error=errors.get(name, report.rel_error))
+            for name, report in tensor_reports(archive.manifest, archive.stored_size).items()
+        }
+        return VerifyReport(
+            logical_bytes=checkpoint_bytes(archive),
+            stored_bytes=archive.input_bytes,
+            exact=all(tensor.exact for tensor in archive.manifest.tensors.values()),
+            max_rel_error=max((report.rel_error or 0.0 for report in reports.values()), default=0.0),
+            seconds=time.perf_counter() - started,
+            tensors=reports,
+            source=str(src),
+            against=None if against is None else str(against),
+            equal=None if other is None else not differences,
+            base_checked=not archive.manifest.bases or base is not None,
+            differences=differences,
+        )
+
+
+def checkpoint_bytes(archive: Archive) -> int:
+    """Bytes of the original checkpoint as safetensors: weight files, index and sidecars."""
+    headers = sum(8 + archive.manifest.arrays[file.header].count for file in archive.manifest.checkpoint.files)
+    index = archive.manifest.checkpoint.index
+    return (
+        headers
+        + (archive.manifest.arrays[index[1]].count if index else 0)
+        + archive.manifest.logical_bytes
+        + sum(sidecar.size for sidecar in archive.manifest.sidecars.values())
+    )
+
+
+class _Checker:
+    def __init__(self, archive: Archive, other: Checkpoint | None, pipeline: Pipeline, progress: Progress) -> None:
+        self._archive, self._other, self._pipeline, self._progress = archive, other, pipeline, progress
+        self._done = 0
+        self._total = archive.manifest.logical_bytes
+
+    def check_arrays(self) -> None:
+        """Check the digests of stored arrays that are not, as they are, a tensor whose digest is checked anyway."""
+        tensors = self._archive.manifest.tensors.values()
+        covered = {
+            tensor.recipe.array
+            for tensor in tensors
+            if isinstance(tensor.recipe, Stored) and tensor.digest == self._archive.manifest.arrays[tensor.recipe.array].digest
+        }
+        for name, array in self._archive.manifest.arrays.items():
+            if name in covered:
+                continue
+            running = hashlib.sha256()
+            step = max(_PIECE_ELEMENTS // array.encoding.chunk, 1) * array.encoding.chunk
+            spans = [(lo, min(lo + step, array.count)) for lo in range(0, array.count, step)]
+            read = partial(_read_span, self._archive.array_reader(name), array.dtype)
+            for _, bits in self._pipeline.ordered(spans, read, lambda span: 8 * (span[1] - span[0])):
+                running.update(bits)
+            check_array_digest(self._archive, name, "sha256:" + running.hexdigest())
+
+    def check_tensors(self) -> dict[str, float]:
+        """Rebuild every tensor that can be rebuilt and check its digest; the relative error of each against the other checkpoint."""
+        errors: dict[str, float] = {}
+        for name, tensor in self._archive.manifest.tensors.items():
+            self._progress(self._done, self._total, name)
+            if self._other is None and self._lacks_base(name):
+                continue
+            rebuilder = self._archive.rebuilder(name)
+            compared = self._comparable(name)
+            running = hashlib.sha256()
+            difference = original = 0.0
+            work = partial(_rebuild_span, rebuilder, self._other if compared else None, name)
+            for _, (bits, wrong, norm) in self._pipeline.ordered(
+                piece_ranges(rebuilder, self._archive.tensors[name].count), work, lambda span: 16 * (span[1] - span[0])
+            ):
+                if tensor.exact:
+                    running.update(bits)
+                difference, original = difference + wrong, original + norm
+                self._done += bits.nbytes
+                self._progress(self._done, self._total, "")
+            if tensor.exact:
+                check_digest(self._archive, name, "sha256:" + running.hexdigest())
+            if compared:
+                errors[name] = (difference / original) ** 0.5 if original else difference**0.5
+        return errors
+
+    def _lacks_base(self, name: str) -> bool:
+        return any(base not in self._archive.bases for base in self._archive.scope.bases_needed(name))
+
+    def _comparable(self, name: str) -> bool:
+        return self._other is not None and self._other.tensors.get(name) == self._archive.tensors[name]
+
+
+def _read_span(read: Read, dtype: Dtype, span: tuple[int, int]) -> Bits:
+    bits = np.empty(span[1] - span[0], dtype.bits)
+    read(*span, bits)
+    return bits
+
+
+def _rebuild_span(rebuilder: Rebuilder, other: Checkpoint | None, name: str, span: tuple[int, int]) -> tuple[Bits, float, float]:
+    """The rebuilt bits; the squared norms of the difference to the other checkpoint and of its values (0, 0 if the bits are equal)."""
+    bits = np.empty(span[1] - span[0], rebuilder.dtype.bits)
+    rebuilder.read(*span, bits)
+    if other is None:
+        return bits, 0.0, 0.0
+    expected = np.empty_like(bits)
+    other.read(name, *span, expected)
+    if not rebuilder.dtype.is_float:
+        return bits, float(np.count_nonzero(bits != expected)), float(bits.size)
+    wide = np.dtype("f8")
+    values = widen(expected, rebuilder.dtype, wide)
+    with np.errstate(invalid="ignore"):
+        wrong = np.where(bits == expected, 0.0, widen(bits, rebuilder.dtype, wide) - values)
+        return bits, float(np.dot(wrong, wrong)), float(np.dot(values, values))
+
+
+def _differences(archive: Archive, other: Checkpoint, errors: dict[str, float]) -> dict[str, str]:
+    """What differs between an archive and a checkpoint, by name of tensor or file."""
+    found: dict[str, str] = {}
+    for name in sorted(archive.tensors.keys() | other.tensors.keys()):
+        ours, theirs = archive.tensors.get(name), other.tensors.get(name)
+        if ours != theirs:
+            facts = [f"{info.dtype.name} {list(info.shape)}" if info else "no such tensor" for info in (ours, theirs)]
+            found[name] = f"{facts[0]} in the archive, {facts[1]} in the checkpoint"
+        elif errors[name] != 0:
+            found[name] = f"relative error {errors[name]:.3g}"
+    for name in sorted(archive.sidecars.keys() | other.sidecars.keys()):
+        sidecar, path = archive.manifest.sidecars.get(name), other.sidecars.get(name)
+        if sidecar is None or path is None:
+            found[name] = f"only in the {'checkpoint' if sidecar is None else 'archive'}"
+        elif file_digest(path) != sidecar.digest:
+            found[name] = "another file"
+    return found

@@ -1,0 +1,3 @@
+"""The version of the package (the version of the format is in `manifest`)."""
+
+__version__ = "0.1.0"
