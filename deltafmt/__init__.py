@@ -1,9 +1,9 @@
 """deltafmt: model weights, stored as shared bases and small deltas.
 
-    deltafmt.pack("finetune/", "packed/", base="base/")
-    deltafmt.unpack("packed/", "restored/", base="base/")
-    with deltafmt.open("packed/", base="base/") as archive:
-        weight = archive.get_tensor("model.embed_tokens.weight")
+deltafmt.pack("finetune/", "packed/", base="base/")
+deltafmt.unpack("packed/", "restored/", base="base/")
+with deltafmt.open("packed/", base="base/") as archive:
+    weight = archive.get_tensor("model.embed_tokens.weight")
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from .errors import (
 )
 from .inspect import inspect
 from .limits import Limits
-from .methods.lowrank import Request
 from .pack import pack
 from .report import InspectReport, PackReport, Report, TensorReport, UnpackReport, VerifyReport
 from .unpack import unpack
@@ -31,7 +30,29 @@ from .verify import verify
 from .version import __version__
 
 __all__ = [
-    "AccessError", "DeltafmtError", "DestinationError", "InspectReport", "IntegrityError", "Limits", "MalformedError", "MissingExtraError",
-    "OpenArchive", "PackReport", "RefusedError", "Report", "Request", "TensorReport", "TensorSlice", "UnpackReport", "UnsupportedError",
-    "UsageError", "VerifyReport", "WrongBaseError", "__version__", "inspect", "open", "pack", "unpack", "verify",
-]  # fmt: skip
+    "AccessError",
+    "DeltafmtError",
+    "DestinationError",
+    "InspectReport",
+    "IntegrityError",
+    "Limits",
+    "MalformedError",
+    "MissingExtraError",
+    "OpenArchive",
+    "PackReport",
+    "RefusedError",
+    "Report",
+    "TensorReport",
+    "TensorSlice",
+    "UnpackReport",
+    "UnsupportedError",
+    "UsageError",
+    "VerifyReport",
+    "WrongBaseError",
+    "__version__",
+    "inspect",
+    "open",
+    "pack",
+    "unpack",
+    "verify",
+]

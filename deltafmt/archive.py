@@ -21,13 +21,14 @@ _Index: TypeAlias = int | slice | EllipsisType
 
 _TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool",
-    "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E8M0": "float8_e8m0fnu", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
 }  # fmt: skip
 
 
-def open(  # noqa: A001 - the name that safetensors and the standard library use
+def open(
     path: PathLike, base: Bases | None = None, framework: Framework = "np", *, limits: Limits = DEFAULT_LIMITS
 ) -> OpenArchive:
     """Open an archive for reading. No tensor bytes are read until they are asked for.
@@ -101,7 +102,9 @@ class OpenArchive:
     def __enter__(self) -> OpenArchive:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -129,7 +132,7 @@ class TensorSlice:
             start, stop, step = first.indices(size)
             rows = range(start, stop, step)
             lo, hi = (min(rows), max(rows) + 1) if rows else (0, 0)
-            within = slice(None) if step == 1 else [row - lo for row in rows]
+            within: Any = slice(None) if step == 1 else [row - lo for row in rows]
         else:
             row = operator.index(first)
             if not -size <= row < size:
@@ -153,7 +156,9 @@ def _expanded(index: _Index | tuple[_Index, ...], dimensions: int) -> list[int |
     if len(places) > 1:
         raise IndexError("an index can only have a single ellipsis ('...')")
     if len(parts) - len(places) > dimensions:
-        raise IndexError(f"too many indices: the tensor has {dimensions} dimensions, {len(parts) - len(places)} were indexed")
+        raise IndexError(
+            f"too many indices: the tensor has {dimensions} dimensions, {len(parts) - len(places)} were indexed"
+        )
     if places:
         parts[places[0] : places[0] + 1] = [slice(None)] * (dimensions - len(parts) + 1)
     return [part for part in parts if not isinstance(part, EllipsisType)]

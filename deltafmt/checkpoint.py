@@ -33,7 +33,9 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class WeightFileLayout:
-    """A weight file as `unpack` will write it: its name, and the bytes of its safetensors header (without the length before them)."""
+    """A weight file as `unpack` will write it: its name, and the bytes of its safetensors header (without the length
+    before them).
+    """
 
     name: str
     header: bytes
@@ -79,5 +81,7 @@ class Checkpoint(ABC):
     def __enter__(self: _Self) -> _Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

@@ -41,5 +41,5 @@ def checksum(data: Any) -> int:
 
 
 def model_digest(tensors: Mapping[str, tuple[str, Shape, str]]) -> str:
-    """The digest of a whole model: of the canonical JSON `{name: [dtype, shape, digest]}` (spec/manifest.md, *base*)."""
+    """The digest of a model: of the canonical JSON `{name: [dtype, shape, digest]}` (spec/manifest.md, *base*)."""
     return digest(canonical({name: [dtype, list(shape), found] for name, (dtype, shape, found) in tensors.items()}))

@@ -59,7 +59,11 @@ def _table() -> dict[str, Dtype]:
         Dtype("C64", 8, np.dtype("c8")),
         Dtype("BOOL", 1, np.dtype("?")),
     ]
-    rows += [Dtype(f"{kind}{8 * width}", width, np.dtype(f"{kind.lower()}{width}")) for kind in "IU" for width in (8, 4, 2, 1)]
+    rows += [
+        Dtype(f"{kind}{8 * width}", width, np.dtype(f"{kind.lower()}{width}"))
+        for kind in "IU"
+        for width in (8, 4, 2, 1)
+    ]
     return {row.name: row for row in rows}
 
 
@@ -80,7 +84,8 @@ def dtype(name: object, where: str = "") -> Dtype:
 
 
 def round_to(values: npt.NDArray[Any], target: Dtype, out: Bits | None = None) -> Bits:
-    """Round float values to a float dtype: to nearest, ties to even, NaN quiet with a zero payload (spec/arithmetic.md).
+    """Round float values to a float dtype: to nearest, ties to even, NaN quiet with a zero payload
+    (spec/arithmetic.md).
 
     Args:
         values: float32 or float64, any shape.

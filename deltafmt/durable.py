@@ -1,7 +1,8 @@
 """The only module that opens files for writing.
 
-Output is staged in a hidden directory beside its destination and renamed into place once everything in it is on disk, so that a destination is
-either complete or untouched. No symlink is ever followed: files are created anew (`O_EXCL`, `O_NOFOLLOW`) in a directory that only we know.
+Output is staged in a hidden directory beside its destination and renamed into place once everything in it is on disk,
+so that a destination is either complete or untouched. No symlink is ever followed: files are created anew (`O_EXCL`,
+`O_NOFOLLOW`) in a directory that only we know.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ class Staging:
         overwrite: replace an existing directory, if it holds a checkpoint or an archive.
 
     Raises:
-        DestinationError: the destination exists and `overwrite` is false, is a symlink, or is not something we would overwrite.
+        DestinationError: the destination exists and `overwrite` is false, is a symlink, or is not something we would
+            overwrite.
         AccessError: the file system refused.
     """
 
@@ -174,7 +176,9 @@ class Staging:
         if replaced is not None:
             shutil.rmtree(replaced, ignore_errors=True)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for file in self._files:
             file.close()
         shutil.rmtree(self.path, ignore_errors=True)
@@ -202,7 +206,9 @@ class DryRun(Staging):
     def commit(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         pass
 
 
@@ -226,7 +232,8 @@ def check_destination(destination: Path, *, overwrite: bool) -> None:
 def _replaceable(folder: Path) -> bool:
     names = [entry.name for entry in folder.iterdir()]
     return not names or any(
-        name in ("deltafmt.json", "config.json") or name.endswith((".safetensors", ".bin", ".index.json")) for name in names
+        name in ("deltafmt.json", "config.json") or name.endswith((".safetensors", ".bin", ".index.json"))
+        for name in names
     )
 
 
@@ -241,4 +248,6 @@ def _sync_directory(folder: Path) -> None:
 
 
 def _failed(path: Path, error: OSError) -> AccessError:
-    return AccessError(f"cannot write: {error.strerror or error}", where=str(path), hint="Check space, permissions and the path")
+    return AccessError(
+        f"cannot write: {error.strerror or error}", where=str(path), hint="Check space, permissions and the path"
+    )

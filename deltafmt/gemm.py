@@ -1,4 +1,5 @@
-"""The one matrix product of the fast path. Torch's is about twice as fast as numpy's here and is used if it is installed; both keep the bound of
+"""The one matrix product of the fast path. Torch's is about twice as fast as numpy's here and is used if it is
+installed; both keep the bound of
 spec/arithmetic.md (full-precision products and sums, in any order)."""
 
 from __future__ import annotations

@@ -39,9 +39,16 @@ def inspect(src: PathLike) -> InspectReport:
             shards=len(manifest.shards),
             roles=roles,
             ranks={name: report.rank for name, report in reports.items() if report.rank is not None},
-            sharing={name: ", ".join(found) for name, tensor in manifest.tensors.items() if (found := refers_to(tensor))},
+            sharing={
+                name: ", ".join(found) for name, tensor in manifest.tensors.items() if (found := refers_to(tensor))
+            },
             bases={
-                name: {"digest": base.digest, "repo": base.repo, "revision": base.revision, "tensors": len(base.tensors)}
+                name: {
+                    "digest": base.digest,
+                    "repo": base.repo,
+                    "revision": base.revision,
+                    "tensors": len(base.tensors),
+                }
                 for name, base in manifest.bases.items()
             },
             annotations=dict(manifest.annotations),

@@ -20,7 +20,7 @@ SUM_TERMS = 64
 
 @dataclass(frozen=True)
 class Limits:
-    """Caps that a user may raise: `Limits(tensor_bytes=1 << 40)`, or `--limit tensor_bytes=1TiB` on the command line."""
+    """Caps a user may raise: `Limits(tensor_bytes=1 << 40)`, or `--limit tensor_bytes=1TiB` on the command line."""
 
     manifest_bytes: int = 256 << 20
     header_bytes: int = 100_000_000

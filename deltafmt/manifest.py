@@ -39,7 +39,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Array:
-    """A stored array. `shard` is an index into `Manifest.shards`, `table` the index of its first word in the chunk table."""
+    """A stored array. `shard` is an index into `Manifest.shards`, `table` the index of its first word in the chunk
+    table.
+    """
 
     dtype: Dtype
     shape: Shape
@@ -74,7 +76,9 @@ class Base:
 
     @property
     def digest(self) -> str:
-        return model_digest({name: (tensor.dtype.name, tensor.shape, tensor.digest) for name, tensor in self.tensors.items()})
+        return model_digest(
+            {name: (tensor.dtype.name, tensor.shape, tensor.digest) for name, tensor in self.tensors.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -189,12 +193,18 @@ def parse_manifest(data: bytes, where: str, limits: Limits = DEFAULT_LIMITS) -> 
     fields.text("version")
     fields.array("requires")
     manifest = Manifest(
-        shards=tuple(_parse_shard(item, f"/shards/{index}") for index, item in enumerate(_capped(fields.array("shards"), "shards", limits))),
+        shards=tuple(
+            _parse_shard(item, f"/shards/{index}")
+            for index, item in enumerate(_capped(fields.array("shards"), "shards", limits))
+        ),
         arrays=_named(fields.object("arrays"), "/arrays", limits, lambda item, at: _parse_array(item, at, limits)),
         bases={name: _parse_base(name, item, limits) for name, item in fields.object("bases").items()},
         tensors=_named(fields.object("tensors"), "/tensors", limits, lambda item, at: _parse_tensor(item, at, limits)),
         checkpoint=_parse_checkpoint(fields.take("checkpoint", dict, "an object"), limits),
-        sidecars={name: _parse_sidecar(item, f"/sidecars/{name}") for name, item in _capped(fields.object("sidecars"), "sidecars", limits).items()},
+        sidecars={
+            name: _parse_sidecar(item, f"/sidecars/{name}")
+            for name, item in _capped(fields.object("sidecars"), "sidecars", limits).items()
+        },
         annotations=fields.object("annotations") if fields.has("annotations") else {},
         version=document["version"],
     )
@@ -203,7 +213,9 @@ def parse_manifest(data: bytes, where: str, limits: Limits = DEFAULT_LIMITS) -> 
     limits.check("total_bytes", manifest.logical_bytes, where)
     for name, array in manifest.arrays.items():
         if array.shard >= len(manifest.shards):
-            raise MalformedError("there is no such shard", where=f"/arrays/{name}/shard", found=array.shard, reason="schema")
+            raise MalformedError(
+                "there is no such shard", where=f"/arrays/{name}/shard", found=array.shard, reason="schema"
+            )
     return manifest
 
 
@@ -211,7 +223,9 @@ def _check_version(document: dict[str, Any], where: str) -> None:
     version = document.get("version")
     match = _VERSION.fullmatch(version) if isinstance(version, str) else None
     if match is None:
-        raise MalformedError("the version is missing or not 'major.minor'", where="/version", found=version, reason="schema")
+        raise MalformedError(
+            "the version is missing or not 'major.minor'", where="/version", found=version, reason="schema"
+        )
     if int(match[1]) != MAJOR:
         raise UnsupportedError(
             "an archive of another version",
@@ -256,13 +270,19 @@ def _parse_shape(items: list[Any], kind: Dtype, pointer: str, limits: Limits) ->
 def _parse_digest(fields: Fields, pointer: str, key: str = "digest") -> str:
     text = fields.text(key)
     if not is_digest(text):
-        raise MalformedError("not a digest", where=f"{pointer}/{key}", expected="sha256: and 64 hex digits", reason="schema")
+        raise MalformedError(
+            "not a digest", where=f"{pointer}/{key}", expected="sha256: and 64 hex digits", reason="schema"
+        )
     return text
 
 
 def _parse_shard(item: object, pointer: str) -> Shard:
     fields = Fields(item, pointer)
-    shard = Shard(names.check_shard_name(fields.text("name"), pointer), fields.integer("size"), _parse_digest(fields, pointer, "header"))
+    shard = Shard(
+        names.check_shard_name(fields.text("name"), pointer),
+        fields.integer("size"),
+        _parse_digest(fields, pointer, "header"),
+    )
     fields.done()
     return shard
 
@@ -291,20 +311,33 @@ def _parse_base(name: str, item: object, limits: Limits) -> Base:
     fields = Fields(item, pointer)
     stated = _parse_digest(fields, pointer)
     base = Base(
-        _named(fields.object("tensors"), f"{pointer}/tensors", limits, lambda item, at: _parse_base_tensor(item, at, limits)),
+        _named(
+            fields.object("tensors"),
+            f"{pointer}/tensors",
+            limits,
+            lambda item, at: _parse_base_tensor(item, at, limits),
+        ),
         fields.text("repo") if fields.has("repo") else None,
         fields.text("revision") if fields.has("revision") else None,
     )
     fields.done()
     if base.digest != stated:
-        raise MalformedError("the base's digest is not that of its tensors", where=pointer, expected=base.digest, found=stated, reason="schema")
+        raise MalformedError(
+            "the base's digest is not that of its tensors",
+            where=pointer,
+            expected=base.digest,
+            found=stated,
+            reason="schema",
+        )
     return base
 
 
 def _parse_base_tensor(item: object, pointer: str, limits: Limits) -> BaseTensor:
     fields = Fields(item, pointer)
     kind = dtype(fields.text("dtype"), pointer)
-    tensor = BaseTensor(kind, _parse_shape(fields.array("shape"), kind, pointer, limits), _parse_digest(fields, pointer))
+    tensor = BaseTensor(
+        kind, _parse_shape(fields.array("shape"), kind, pointer, limits), _parse_digest(fields, pointer)
+    )
     fields.done()
     return tensor
 
@@ -385,5 +418,3 @@ def _print_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.index:
         printed["index"] = {"name": checkpoint.index[0], "array": checkpoint.index[1]}
     return printed
-
-

@@ -55,12 +55,15 @@ def pack(
     """Pack a checkpoint into an archive at `dst`. Lossless unless a lossy option is given.
 
     Args:
-        src, base: a local Hugging Face directory or weight file, a Hub id, or an archive. `base` is another model that `src` was made from.
+        src, base: a local Hugging Face directory or weight file, a Hub id, or an archive. `base` is another model that
+            `src` was made from.
         dst: the directory to create. Nothing is written there unless the whole pack succeeds.
         method: `"lossless"`, `"lowrank"`, or `"auto"`: lowrank if one of the options below is given.
-        rank, energy, max_error, target_size: how many components to keep: a number; the share (0 to 1) of the delta's squared norm to keep; the largest
-            relative error of a tensor; bytes of the whole archive, spent where they lower the error most.
-        share: layers of the model share an anchor layer: `"sequential:K"`, `"alternating"`, or `"5:4,6:4"` (layer:anchor).
+        rank, energy, max_error, target_size: how many components to keep: a number; the share (0 to 1) of the delta's
+            squared norm to keep; the largest relative error of a tensor; bytes of the whole archive, spent where they
+            lower the error most.
+        share: layers of the model share an anchor layer: `"sequential:K"`, `"alternating"`, or `"5:4,6:4"`
+            (layer:anchor).
         share_parts: `"mlp"`, `"attention"` or `"both"`.
         include, exclude: glob patterns of the tensors that may become low-rank; all others stay lossless.
         force: share layers even if they are not alike.
@@ -85,9 +88,14 @@ def pack(
     if method == "lossless" and lossy:
         raise UsageError("a lossy option contradicts the method lossless", hint="Leave the option or the method out")
     if lossy:
-        request = Request(rank, energy, max_error, target_size, share, share_parts, tuple(include), tuple(exclude), force)
+        request = Request(
+            rank, energy, max_error, target_size, share, share_parts, tuple(include), tuple(exclude), force
+        )
     elif include or exclude or force:
-        raise UsageError("include, exclude and force choose what may be lost, and nothing may", hint="Add a lossy option, such as --rank")
+        raise UsageError(
+            "include, exclude and force choose what may be lost, and nothing may",
+            hint="Add a lossy option, such as --rank",
+        )
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         checkpoint = stack.enter_context(open_source(src))
@@ -132,10 +140,18 @@ class _Prepared:
 
 class _Packer:
     def __init__(
-        self, checkpoint: Checkpoint, reference: Checkpoint | None, pipeline: Pipeline, area: Staging, progress: Progress, shard_bytes: int
+        self,
+        checkpoint: Checkpoint,
+        reference: Checkpoint | None,
+        pipeline: Pipeline,
+        area: Staging,
+        progress: Progress,
+        shard_bytes: int,
     ) -> None:
         self._checkpoint, self._reference, self._pipeline, self._area = checkpoint, reference, pipeline, area
-        self._writer = ArchiveWriter(area, ((name, len(info.shape)) for name, info in checkpoint.tensors.items()), shard_bytes)
+        self._writer = ArchiveWriter(
+            area, ((name, len(info.shape)) for name, info in checkpoint.tensors.items()), shard_bytes
+        )
         self._bases: dict[str, Base] = {}
         self._copies: dict[tuple[str, tuple[int, ...], str], Ref] = {}
         self._lowrank: LowrankMethod | None = None
@@ -151,7 +167,9 @@ class _Packer:
         assert reference is not None
         tensors: dict[str, BaseTensor] = {}
         work = partial(_known_or_computed, reference)
-        for (tensor, info), found in self._pipeline.ordered(reference.tensors.items(), work, lambda item: item[1].nbytes):
+        for (tensor, info), found in self._pipeline.ordered(
+            reference.tensors.items(), work, lambda item: item[1].nbytes
+        ):
             tensors[tensor] = BaseTensor(info.dtype, info.shape, found)
             self._copies.setdefault((info.dtype.name, info.shape, found), Ref(tensor, BASE_ID))
             self._progress(0, self._total, "reading the base")
@@ -190,7 +208,9 @@ class _Packer:
 
     def run(self) -> Manifest:
         """Prepare tensors in parallel, encode their chunks in parallel, write everything in order."""
-        for (name, info), prepared in self._pipeline.ordered(self._checkpoint.tensors.items(), self._prepare, self._weight):
+        for (name, info), prepared in self._pipeline.ordered(
+            self._checkpoint.tensors.items(), self._prepare, self._weight
+        ):
             self._progress(self._done, self._total, name)
             self._writer.tensors[name] = self._store(name, info, prepared)
             self._done += info.nbytes
@@ -221,12 +241,16 @@ class _Packer:
     def _add(self, wanted: str, coding: Coding, info: TensorInfo, known: str | None) -> str:
         running = None if known else hashlib.sha256()
         array_digest = (lambda: "sha256:" + running.hexdigest()) if running else (lambda: known or "")
-        return self._writer.add_array(wanted, coding.array_dtype, info.shape, coding.encoding, self._chunks(coding, running), array_digest)
+        return self._writer.add_array(
+            wanted, coding.array_dtype, info.shape, coding.encoding, self._chunks(coding, running), array_digest
+        )
 
     def _chunks(self, coding: Coding, running: Any) -> Iterator[list[Any]]:
         width = coding.encoding.chunk * coding.dtype.width
         done = self._done
-        for _, (elements, planes) in self._pipeline.ordered(range(coding.chunks), coding.chunk, lambda _: 2 * width, 32 << 20):
+        for _, (elements, planes) in self._pipeline.ordered(
+            range(coding.chunks), coding.chunk, lambda _: 2 * width, 32 << 20
+        ):
             if running is not None:
                 running.update(elements)
             self._done += elements.nbytes

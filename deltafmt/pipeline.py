@@ -31,11 +31,16 @@ class Pipeline:
         return self._pool.submit(work)
 
     def ordered(
-        self, items: Iterable[_Item], work: Callable[[_Item], _Result], nbytes: Callable[[_Item], int], limit: int = IN_FLIGHT_BYTES
+        self,
+        items: Iterable[_Item],
+        work: Callable[[_Item], _Result],
+        nbytes: Callable[[_Item], int],
+        limit: int = IN_FLIGHT_BYTES,
     ) -> Iterator[tuple[_Item, _Result]]:
         """Do `work` on every item in parallel; yield items and results in order.
 
-        No item is begun while those begun and not yet asked past weigh more than `limit` bytes with it, except one alone.
+        No item is begun while those begun and not yet asked past weigh more than `limit` bytes with it, except one
+        alone.
         """
         waiting: deque[tuple[_Item, int, Future[_Result]]] = deque()
         weight = 0
@@ -54,5 +59,7 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,4 +1,6 @@
-"""Reading an archive: everything that can be checked without tensor bytes is checked when it is opened; chunks are checked as they are read."""
+"""Reading an archive: everything that can be checked without tensor bytes is checked when it is opened; chunks are
+checked as they are read.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def read_manifest(path: Path, limits: Limits = DEFAULT_LIMITS) -> Manifest:
     """
     if not is_archive(path):
         raise MalformedError(
-            f"no {MANIFEST} in '{path}'", hint="Not a deltafmt archive (or an interrupted pack: run it again)", reason="not-an-archive"
+            f"no {MANIFEST} in '{path}'",
+            hint="Not a deltafmt archive (or an interrupted pack: run it again)",
+            reason="not-an-archive",
         )
     file = path / MANIFEST
     limits.check("manifest_bytes", file.stat().st_size, str(file))
@@ -54,14 +58,17 @@ class Archive(Checkpoint):
 
     Args:
         path: the archive's directory.
-        bases: base id -> an open checkpoint. Needed for tensors that refer to a base, and only then. They are closed with the archive.
+        bases: base id -> an open checkpoint. Needed for tensors that refer to a base, and only then. They are closed
+            with the archive.
 
     Raises:
         MalformedError, UnsupportedError, IntegrityError: as spec/reasons.md says, steps 1 to 6.
         WrongBaseError: a base given has other tensors than the one the archive was packed against.
     """
 
-    def __init__(self, path: Path, bases: Mapping[str, Checkpoint] | None = None, *, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(
+        self, path: Path, bases: Mapping[str, Checkpoint] | None = None, *, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
         self.path = path
         self.location = str(path)
         self.limits = limits
@@ -76,7 +83,9 @@ class Archive(Checkpoint):
             self._check_sidecars()
             for name, checkpoint in (bases or {}).items():
                 if name not in self.manifest.bases:
-                    raise UsageError(f"the archive refers to no base '{name}'", where=self.location, hint="Leave the base out")
+                    raise UsageError(
+                        f"the archive refers to no base '{name}'", where=self.location, hint="Leave the base out"
+                    )
                 self.bases[name] = VerifiedBase(name, self.manifest.bases[name], checkpoint, self.location)
         except BaseException:
             for shard in self._shards:
@@ -96,13 +105,22 @@ class Archive(Checkpoint):
             found = path.stat().st_size if path.is_file() else None
             if found != sidecar.size:
                 what = "the sidecar is missing" if found is None else "the sidecar has another size"
-                raise IntegrityError(what, where=str(path), expected=f"{sidecar.size} bytes", found=found, hint="Download it again", reason="sidecar")
+                raise IntegrityError(
+                    what,
+                    where=str(path),
+                    expected=f"{sidecar.size} bytes",
+                    found=found,
+                    hint="Download it again",
+                    reason="sidecar",
+                )
 
     # As a checkpoint
 
     @property
     def files(self) -> tuple[WeightFileLayout, ...]:  # type: ignore[override]
-        return tuple(WeightFileLayout(file.name, self.stored_bytes(file.header)) for file in self.manifest.checkpoint.files)
+        return tuple(
+            WeightFileLayout(file.name, self.stored_bytes(file.header)) for file in self.manifest.checkpoint.files
+        )
 
     @property
     def index(self) -> tuple[str, bytes] | None:  # type: ignore[override]
@@ -131,7 +149,9 @@ class Archive(Checkpoint):
     # What recipes read
 
     def rebuilder(self, name: str, depth: int = 0) -> Rebuilder:
-        """The recipe of a tensor bound to this archive and its bases. Raises `WrongBaseError` if a base is needed and missing."""
+        """The recipe of a tensor bound to this archive and its bases. Raises `WrongBaseError` if a base is needed and
+        missing.
+        """
         self._check_open()
         tensor = self.manifest.tensors.get(name)
         if tensor is None:
@@ -212,7 +232,9 @@ def check_array_digest(archive: Archive, name: str, found: str) -> None:
 
 
 class _Depth:
-    """The archive as a recipe's source, knowing how many references led here (so that nested rebuilds use their own buffers)."""
+    """The archive as a recipe's source, knowing how many references led here (so that nested rebuilds use their own
+    buffers).
+    """
 
     def __init__(self, archive: Archive, depth: int) -> None:
         self._archive, self._depth = archive, depth
@@ -224,7 +246,9 @@ class _Depth:
 
 
 class VerifiedBase:
-    """A base that is what the manifest says: dtypes and shapes when it is opened, each tensor's digest before its first use."""
+    """A base that is what the manifest says: dtypes and shapes when it is opened, each tensor's digest before its first
+    use.
+    """
 
     def __init__(self, name: str, expected: Base, checkpoint: Checkpoint, archive: str) -> None:
         self._expected, self._checkpoint, self._archive = expected, checkpoint, archive
@@ -239,7 +263,7 @@ class VerifiedBase:
     def _mismatch(self, tensor: str, needed: str, found: str) -> WrongBaseError:
         repo = f" The archive was packed against '{self._expected.repo}'." if self._expected.repo else ""
         return WrongBaseError(
-            f"'{self._checkpoint.location}' is not the base of this archive: the first difference is tensor '{escaped(tensor)}'",
+            f"'{self._checkpoint.location}' is not its base: the first tensor that differs is '{escaped(tensor)}'",
             where=self._archive,
             expected=needed,
             found=found,

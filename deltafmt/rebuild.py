@@ -1,4 +1,6 @@
-"""A tensor's recipe, bound to data: the fast path, block by block, and the ordered reference it must agree with (spec/arithmetic.md)."""
+"""A tensor's recipe, bound to data: the fast path, block by block, and the ordered reference it must agree with
+(spec/arithmetic.md).
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,9 @@ def silent(done: int, total: int, what: str) -> None:
 
 @dataclass(frozen=True)
 class TensorReport:
-    """One tensor: how it is stored, at what size and error. `rank` and `rel_error` are None where they do not apply; sizes in bytes."""
+    """One tensor: how it is stored, at what size and error. `rank` and `rel_error` are None where they do not apply;
+    sizes in bytes.
+    """
 
     method: str
     dtype: str
@@ -29,7 +31,9 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Common to all verbs. `logical_bytes` is the size of the checkpoint, `stored_bytes` that of the archive, every file counted."""
+    """Common to all verbs. `logical_bytes` is the size of the checkpoint, `stored_bytes` that of the archive, every
+    file counted.
+    """
 
     logical_bytes: int
     stored_bytes: int
@@ -66,7 +70,7 @@ class UnpackReport(Report):
 
 @dataclass(frozen=True)
 class VerifyReport(Report):
-    """`against` is None if nothing was compared; `equal` says whether tensors and files are all the same, bit for bit."""
+    """`against` is None if nothing was compared; `equal`: whether tensors and files are all the same, bit for bit."""
 
     source: str = ""
     against: str | None = None
@@ -77,7 +81,9 @@ class VerifyReport(Report):
 
 @dataclass(frozen=True)
 class InspectReport(Report):
-    """`roles` maps base, factors, residual, weights, layout, sidecars, manifest and overhead to bytes; `sharing` maps a tensor to what it refers to."""
+    """`roles` maps base, factors, residual, weights, layout, sidecars, manifest and overhead to bytes; `sharing` maps a
+    tensor to what it refers to.
+    """
 
     source: str = ""
     version: str = ""

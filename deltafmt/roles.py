@@ -12,7 +12,9 @@ ROLES = ("base", "factors", "residual", "layout", "sidecar", "manifest", "overhe
 
 
 def array_roles(manifest: Manifest) -> dict[str, str]:
-    """Each stored array's role: `base` (weights stored whole), `factors`, `residual` or `layout` (headers of the original files)."""
+    """Each stored array's role: `base` (weights stored whole), `factors`, `residual` or `layout` (headers of the
+    original files).
+    """
     roles = dict.fromkeys(manifest.checkpoint.arrays, "layout")
     for tensor in manifest.tensors.values():
         _mark(tensor.recipe, "base", roles)
@@ -43,7 +45,9 @@ def method(tensor: Tensor, manifest: Manifest) -> str:
 def rank(tensor: Tensor, manifest: Manifest) -> int | None:
     """The rank of a tensor's low-rank part; the sum, if there are several."""
     ranks = [
-        manifest.arrays[node.a.array].shape[0] for node in tensor.recipe.walk() if isinstance(node, Lowrank) and isinstance(node.a, Stored)
+        manifest.arrays[node.a.array].shape[0]
+        for node in tensor.recipe.walk()
+        if isinstance(node, Lowrank) and isinstance(node.a, Stored)
     ]
     return sum(ranks) if ranks else None
 

@@ -45,7 +45,9 @@ def parse_header(header: bytes, where: str, limits: Limits = DEFAULT_LIMITS) -> 
         metadata = document.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise MalformedError("__metadata__ maps strings to strings", where=where)
-        entries = sorted(((name, _parse_entry(item, f"{where}: {escaped(name)}")) for name, item in document.items()), key=_position)
+        entries = sorted(
+            ((name, _parse_entry(item, f"{where}: {escaped(name)}")) for name, item in document.items()), key=_position
+        )
     except MalformedError as error:
         if error.reason != "limit":
             error.reason = "shard-header"
@@ -54,7 +56,13 @@ def parse_header(header: bytes, where: str, limits: Limits = DEFAULT_LIMITS) -> 
     for name, entry in entries:
         if entry.begin != position:
             what = "a hole" if entry.begin > position else "an overlap"
-            raise MalformedError(f"{what} before tensor '{escaped(name)}'", where=where, expected=position, found=entry.begin, reason="shard-layout")
+            raise MalformedError(
+                f"{what} before tensor '{escaped(name)}'",
+                where=where,
+                expected=position,
+                found=entry.begin,
+                reason="shard-layout",
+            )
         position = entry.end
     return dict(entries)
 
@@ -73,7 +81,9 @@ def _parse_entry(item: object, where: str) -> Entry:
         if type(number) is not int or not 0 <= number <= MAX_INTEGER:
             raise MalformedError("not a size", where=where, found=repr(number)[:40])
     if len(offsets) != 2 or offsets[1] - offsets[0] != kind.nbytes(shape):
-        raise MalformedError("offsets that do not fit the shape", where=where, expected=kind.nbytes(shape), found=offsets)
+        raise MalformedError(
+            "offsets that do not fit the shape", where=where, expected=kind.nbytes(shape), found=offsets
+        )
     return Entry(kind, tuple(shape), offsets[0], offsets[1])
 
 
@@ -99,7 +109,9 @@ class SafetensorsFile:
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
-            raise AccessError(f"cannot open: {error.strerror}", where=str(path), hint="Check the path and its permissions") from error
+            raise AccessError(
+                f"cannot open: {error.strerror}", where=str(path), hint="Check the path and its permissions"
+            ) from error
         try:
             self.size = os.fstat(self._fd).st_size
             self.header = self._read_header(limits, header_digest)
@@ -112,11 +124,17 @@ class SafetensorsFile:
     def _read_header(self, limits: Limits, header_digest: str | None) -> bytes:
         where = str(self.path)
         if self.size < _LENGTH:
-            raise MalformedError("too short for a safetensors file", where=where, found=self.size, reason="shard-header")
+            raise MalformedError(
+                "too short for a safetensors file", where=where, found=self.size, reason="shard-header"
+            )
         length = int.from_bytes(self.read(0, _LENGTH), "little")
         if length > self.size - _LENGTH:
             raise MalformedError(
-                "the header is longer than the file (truncated?)", where=where, expected=f"at most {self.size - _LENGTH}", found=length, reason="shard-header"
+                "the header is longer than the file (truncated?)",
+                where=where,
+                expected=f"at most {self.size - _LENGTH}",
+                found=length,
+                reason="shard-header",
             )
         limits.check("header_bytes", length, where)
         head = self.read(0, _LENGTH + length).tobytes()
@@ -135,7 +153,9 @@ class SafetensorsFile:
         end = self.data_start + max((entry.end for entry in self.entries.values()), default=0)
         if end != self.size:
             what = "the file is truncated" if end > self.size else "trailing bytes behind the last tensor"
-            raise MalformedError(what, where=str(self.path), expected=f"{end} bytes", found=f"{self.size} bytes", reason="shard-layout")
+            raise MalformedError(
+                what, where=str(self.path), expected=f"{end} bytes", found=f"{self.size} bytes", reason="shard-layout"
+            )
 
     @property
     def data_start(self) -> int:
@@ -159,7 +179,11 @@ class SafetensorsFile:
                 raise AccessError(f"cannot read: {error.strerror}", where=str(self.path)) from error
             if count == 0:
                 raise IntegrityError(
-                    "the file became shorter while it was open", where=str(self.path), expected=offset + len(view), found=offset + done, reason="shard-size"
+                    "the file became shorter while it was open",
+                    where=str(self.path),
+                    expected=offset + len(view),
+                    found=offset + done,
+                    reason="shard-size",
                 )
             done += count
 

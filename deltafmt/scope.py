@@ -1,4 +1,6 @@
-"""Names of one manifest resolved: operands exist and fit, references end, nothing is left over (step 5 of spec/reasons.md)."""
+"""Names of one manifest resolved: operands exist and fit, references end, nothing is left over (step 5 of
+spec/reasons.md).
+"""
 
 from __future__ import annotations
 
@@ -13,23 +15,25 @@ from .operators import Facts, Lowrank, Operator, Ref, Stored, Target
 
 
 class ManifestScope:
-    """What a recipe's names stand for. `check` raises `MalformedError` (reasons `operand`, `cycle`, `coverage`, `limit`)."""
+    """What a recipe's names stand for. `check` raises `MalformedError` (reasons `operand`, `cycle`, `coverage`,
+    `limit`).
+    """
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
 
     def array(self, name: str) -> Facts | None:
         array = self._manifest.arrays.get(name)
-        return array and Facts(array.dtype, array.shape, exact=True)
+        return None if array is None else Facts(array.dtype, array.shape, exact=True)
 
     def tensor(self, name: str) -> Facts | None:
         tensor = self._manifest.tensors.get(name)
-        return tensor and Facts(tensor.dtype, tensor.shape, exact=tensor.exact)
+        return None if tensor is None else Facts(tensor.dtype, tensor.shape, exact=tensor.exact)
 
     def base_tensor(self, base: str, name: str) -> Facts | None:
         found = self._manifest.bases.get(base)
-        tensor = found and found.tensors.get(name)
-        return tensor and Facts(tensor.dtype, tensor.shape, exact=True)
+        tensor = None if found is None else found.tensors.get(name)
+        return None if tensor is None else Facts(tensor.dtype, tensor.shape, exact=True)
 
     def target(self, name: str) -> Target:
         """The tensor `name` as the target of its recipe, with its accumulation type."""
@@ -70,7 +74,9 @@ class ManifestScope:
             self._depth(name, depths, [])
         for array in self._manifest.arrays:
             if array not in used:
-                raise MalformedError("a stored array that nothing uses", where=f"/arrays/{escaped(array)}", reason="coverage")
+                raise MalformedError(
+                    "a stored array that nothing uses", where=f"/arrays/{escaped(array)}", reason="coverage"
+                )
         self._check_checkpoint()
 
     def _check_recipe(self, name: str) -> None:
@@ -78,11 +84,28 @@ class ManifestScope:
         pointer = f"/tensors/{escaped(name)}/recipe"
         facts = tensor.recipe.infer(self, self.target(name), pointer)
         if facts.shape != tensor.shape:
-            raise MalformedError("the recipe has another shape", where=pointer, expected=list(tensor.shape), found=list(facts.shape), reason="operand")
+            raise MalformedError(
+                "the recipe has another shape",
+                where=pointer,
+                expected=list(tensor.shape),
+                found=list(facts.shape),
+                reason="operand",
+            )
         if facts.dtype is None and not tensor.dtype.is_float:
-            raise MalformedError("a wide recipe for a dtype it cannot be rounded to", where=pointer, found=tensor.dtype.name, reason="operand")
+            raise MalformedError(
+                "a wide recipe for a dtype it cannot be rounded to",
+                where=pointer,
+                found=tensor.dtype.name,
+                reason="operand",
+            )
         if facts.dtype is not None and facts.dtype != tensor.dtype:
-            raise MalformedError("the recipe has another dtype", where=pointer, expected=tensor.dtype.name, found=facts.dtype.name, reason="operand")
+            raise MalformedError(
+                "the recipe has another dtype",
+                where=pointer,
+                expected=tensor.dtype.name,
+                found=facts.dtype.name,
+                reason="operand",
+            )
         if tensor.exact and not facts.exact:
             raise MalformedError("a digest on a recipe that is not exact", where=pointer, reason="coverage")
 
@@ -92,13 +115,17 @@ class ManifestScope:
             cycle = " -> ".join(escaped(step) for step in [*path[path.index(name) :], name])
             raise MalformedError(f"references form a cycle: {cycle}", where="/tensors", reason="cycle")
         if len(path) > RECIPE_DEPTH:
-            raise MalformedError(f"references deeper than {RECIPE_DEPTH}", where=f"/tensors/{escaped(path[0])}", reason="cycle")
+            raise MalformedError(
+                f"references deeper than {RECIPE_DEPTH}", where=f"/tensors/{escaped(path[0])}", reason="cycle"
+            )
         if name not in known:
             path.append(name)
             known[name] = self._node_depth(self._manifest.tensors[name].recipe, known, path)
             path.pop()
         if known[name] > RECIPE_DEPTH:
-            raise MalformedError(f"a recipe deeper than {RECIPE_DEPTH} nodes", where=f"/tensors/{escaped(name)}", reason="cycle")
+            raise MalformedError(
+                f"a recipe deeper than {RECIPE_DEPTH} nodes", where=f"/tensors/{escaped(name)}", reason="cycle"
+            )
         return known[name]
 
     def _node_depth(self, node: Operator, known: dict[str, int], path: list[str]) -> int:
@@ -111,6 +138,10 @@ class ManifestScope:
         for name in self._manifest.checkpoint.arrays:
             array = self._manifest.arrays.get(name)
             if array is None:
-                raise MalformedError(f"there is no stored array '{escaped(name)}'", where="/checkpoint", reason="operand")
+                raise MalformedError(
+                    f"there is no stored array '{escaped(name)}'", where="/checkpoint", reason="operand"
+                )
             if array.dtype.name != "U8" or len(array.shape) != 1:
-                raise MalformedError("a header that is not a list of bytes", where=f"/arrays/{escaped(name)}", reason="operand")
+                raise MalformedError(
+                    "a header that is not a list of bytes", where=f"/arrays/{escaped(name)}", reason="operand"
+                )

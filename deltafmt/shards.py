@@ -1,4 +1,6 @@
-"""deltafmt's own shards: chunks in, chunks out, checked against the chunk table (spec/layout.md, "Shards", "Chunk table")."""
+"""deltafmt's own shards: chunks in, chunks out, checked against the chunk table (spec/layout.md, "Shards", "Chunk
+table").
+"""
 
 from __future__ import annotations
 
@@ -44,10 +46,21 @@ class ShardReader:
         needed = f"{len(arrays)} stored arrays need it. {_AGAIN}"
         found = self.path.stat().st_size if self.path.is_file() else None
         if found is None:
-            raise IntegrityError("the shard is missing", where=str(self.path), expected=f"{shard.size} bytes", hint=needed, reason="shard-missing")
+            raise IntegrityError(
+                "the shard is missing",
+                where=str(self.path),
+                expected=f"{shard.size} bytes",
+                hint=needed,
+                reason="shard-missing",
+            )
         if found != shard.size:
             raise IntegrityError(
-                "the shard has another size", where=str(self.path), expected=f"{shard.size} bytes", found=f"{found} bytes", hint=needed, reason="shard-size"
+                "the shard has another size",
+                where=str(self.path),
+                expected=f"{shard.size} bytes",
+                found=f"{found} bytes",
+                hint=needed,
+                reason="shard-size",
             )
         self._file = SafetensorsFile(self.path, limits, header_digest=shard.header)
         try:
@@ -69,7 +82,9 @@ class ShardReader:
             array = self._arrays[name]
             expected = (array.dtype.name, array.shape) if array.encoding.is_raw else ("U8", (entry.end - entry.begin,))
             if (entry.dtype.name, entry.shape) != expected:
-                raise self._layout(f"'{escaped(name)}' has another dtype or shape", expected, (entry.dtype.name, entry.shape))
+                raise self._layout(
+                    f"'{escaped(name)}' has another dtype or shape", expected, (entry.dtype.name, entry.shape)
+                )
 
     def _layout(self, what: str, expected: object = None, found: object = None) -> MalformedError:
         return MalformedError(what, where=str(self.path), expected=expected, found=found, reason="shard-layout")
@@ -85,7 +100,9 @@ class ShardReader:
                 position = 0
                 for name, array in sorted(self._arrays.items(), key=lambda item: item[1].table):
                     if array.count and array.table != position:
-                        raise self._bad_table(f"the rows of '{escaped(name)}' are not where they should be", position, array.table)
+                        raise self._bad_table(
+                            f"the rows of '{escaped(name)}' are not where they should be", position, array.table
+                        )
                     position += array.encoding.table_words(array.dtype, array.count)
                 if position + 1 != table.size:
                     raise self._bad_table("it has another length", position + 1, table.size)
@@ -93,7 +110,14 @@ class ShardReader:
             return self._table
 
     def _bad_table(self, what: str, expected: object = None, found: object = None) -> IntegrityError:
-        return IntegrityError(f"the chunk table is damaged: {what}", where=str(self.path), expected=expected, found=found, hint=_AGAIN, reason="table")
+        return IntegrityError(
+            f"the chunk table is damaged: {what}",
+            where=str(self.path),
+            expected=expected,
+            found=found,
+            hint=_AGAIN,
+            reason="table",
+        )
 
     def array(self, name: str) -> ArrayReader:
         """A reader of one stored array. Raises `IntegrityError` (reason `table`)."""
@@ -119,7 +143,9 @@ class ShardReader:
 class ArrayReader:
     """Reads any range of one stored array, decoding and checking only the chunks it touches; thread-safe."""
 
-    def __init__(self, file: SafetensorsFile, name: str, array: Array, entry: Entry, rows: npt.NDArray[np.uint64]) -> None:
+    def __init__(
+        self, file: SafetensorsFile, name: str, array: Array, entry: Entry, rows: npt.NDArray[np.uint64]
+    ) -> None:
         self._file, self._name, self._array = file, name, array
         self._begin = file.data_start + entry.begin
         self._rows = rows
@@ -141,14 +167,29 @@ class ArrayReader:
         row = self._rows[index].tolist()
         begin = int(self._rows[index - 1, -1]) if index else 0
         size = row[-1] - begin
-        where = f"{self._file.path}: '{escaped(self._name)}', chunk {index}, bytes {self._begin + begin} to {self._begin + row[-1]}"
+        place = f"bytes {self._begin + begin} to {self._begin + row[-1]}"
+        where = f"{self._file.path}: '{escaped(self._name)}', chunk {index}, {place}"
         if size > out.nbytes:
-            raise IntegrityError("a chunk is longer than its elements", where=where, expected=out.nbytes, found=size, hint=_AGAIN, reason="table")
+            raise IntegrityError(
+                "a chunk is longer than its elements",
+                where=where,
+                expected=out.nbytes,
+                found=size,
+                hint=_AGAIN,
+                reason="table",
+            )
         raw = self._array.encoding.is_raw and size == out.nbytes
         stored = out.view(np.uint8) if raw else scratch("stored chunk", np.uint8, size)
         self._file.read_into(self._begin + begin, stored)
         if checksum(stored) != row[0]:
-            raise IntegrityError("the chunk does not match its checksum", where=where, expected=f"{row[0]:016x}", found=f"{checksum(stored):016x}", hint=_AGAIN, reason="chunk-checksum")
+            raise IntegrityError(
+                "the chunk does not match its checksum",
+                where=where,
+                expected=f"{row[0]:016x}",
+                found=f"{checksum(stored):016x}",
+                hint=_AGAIN,
+                reason="chunk-checksum",
+            )
         if not raw:
             decode_chunk(stored, [end - begin for end in row[1:]], self._array.encoding, out, where)
 
@@ -173,8 +214,17 @@ class ShardWriter:
         """Bytes of array data written so far."""
         return self._file.position - self._data
 
-    def add(self, name: str, dtype: Dtype, shape: Shape, encoding: Encoding, chunks: Iterable[list[Any]], digest: Callable[[], str]) -> Array:
-        """Write one stored array from its encoded chunks (each: the stored bytes of its planes); return its manifest entry.
+    def add(
+        self,
+        name: str,
+        dtype: Dtype,
+        shape: Shape,
+        encoding: Encoding,
+        chunks: Iterable[list[Any]],
+        digest: Callable[[], str],
+    ) -> Array:
+        """Write one stored array from its encoded chunks (each: the stored bytes of its planes); return its manifest
+        entry.
 
         `digest` is asked once the chunks are through.
         """
@@ -211,7 +261,7 @@ class ShardWriter:
 
 
 def header_room(arrays: Iterable[tuple[str, int]]) -> int:
-    """An upper bound, in bytes, of the header of a shard with these arrays: (name, dimensions) each. A multiple of 8."""
+    """An upper bound, in bytes, of the header of a shard with these arrays: (name, dimensions). A multiple of 8."""
     room = sum(len(canonical(name)) + 120 + 20 * dimensions for name, dimensions in arrays) + 200
     return math.ceil(room / 8) * 8
 

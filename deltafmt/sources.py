@@ -21,7 +21,8 @@ def open_source(source: PathLike | Checkpoint, *, limits: Limits = DEFAULT_LIMIT
     """Open a model for reading; close it when done.
 
     Args:
-        source: a directory or weight file, an archive, a Hub id (`org/name`, or `org/name@revision`), or a checkpoint that is open already.
+        source: a directory or weight file, an archive, a Hub id (`org/name`, or `org/name@revision`), or a checkpoint
+            that is open already.
 
     Raises:
         AccessError: it does not exist, or cannot be fetched.
@@ -68,11 +69,18 @@ def local_path(source: PathLike, *, missing_is_malformed: bool = False) -> Path:
     if path.exists():
         return path
     text = os.fspath(source)
-    if not path.is_symlink() and hub.looks_like_repo_id(text) and not text.startswith((".", "/")) and not path.parent.is_dir():
+    if (
+        not path.is_symlink()
+        and hub.looks_like_repo_id(text)
+        and not text.startswith((".", "/"))
+        and not path.parent.is_dir()
+    ):
         repo, _, revision = text.partition("@")
         return hub.download(repo, revision=revision or None)[0]
     if missing_is_malformed:
-        raise MalformedError(f"'{text}' does not exist", hint="Name the directory that holds deltafmt.json", reason="not-an-archive")
+        raise MalformedError(
+            f"'{text}' does not exist", hint="Name the directory that holds deltafmt.json", reason="not-an-archive"
+        )
     raise AccessError(f"'{text}' does not exist", hint="Name a directory, a weight file, or a Hub id (org/name)")
 
 
@@ -85,12 +93,17 @@ def check_apart(destination: Path, *sources: PathLike | Checkpoint | None) -> No
         origin = Path(os.path.realpath(source))
         if target == origin or origin in target.parents or target in origin.parents:
             raise DestinationError(
-                "the destination and a source overlap", where=str(destination), found=str(source), hint="Choose a destination beside it"
+                "the destination and a source overlap",
+                where=str(destination),
+                found=str(source),
+                hint="Choose a destination beside it",
             )
 
 
 def check_lossless(checkpoint: Checkpoint) -> None:
-    """Refuse a base whose tensors are approximations: rebuilt, they differ from machine to machine. Raises `UsageError`."""
+    """Refuse a base whose tensors are approximations: rebuilt, they differ from machine to machine. Raises
+    `UsageError`.
+    """
     if isinstance(checkpoint, Archive):
         lossy = [name for name, tensor in checkpoint.manifest.tensors.items() if not tensor.exact]
         if lossy:

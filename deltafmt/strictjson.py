@@ -17,12 +17,15 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 def parse(data: bytes, where: str) -> Any:
     """Parse one JSON value.
 
-    Refuses duplicate keys, NaN and infinities, numbers outside a double, integers of more than 19 digits, lone surrogates, a byte
-    order mark, and nesting deeper than 64. Raises `MalformedError` (reason `json`); never `RecursionError`.
+    Refuses duplicate keys, NaN and infinities, numbers outside a double, integers of more than 19 digits, lone
+    surrogates, a byte order mark, and nesting deeper than 64. Raises `MalformedError` (reason `json`); never
+    `RecursionError`.
     """
 
     def refuse(what: str) -> NoReturn:
-        raise MalformedError(what, where=where, hint="The file is damaged or was not written by deltafmt", reason="json")
+        raise MalformedError(
+            what, where=where, hint="The file is damaged or was not written by deltafmt", reason="json"
+        )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -111,8 +114,12 @@ class Fields:
 
     def _refused(self, expected: str, found: object, key: str = "") -> MalformedError:
         pointer = f"{self._pointer}/{key}" if key else self._pointer
-        shown = json.dumps(found)[:80] if isinstance(found, (str, int, float, bool, type(None))) else type(found).__name__
-        return MalformedError("wrong content", where=pointer or "/", expected=expected, found=shown, reason=self._reason)
+        shown = (
+            json.dumps(found)[:80] if isinstance(found, (str, int, float, bool, type(None))) else type(found).__name__
+        )
+        return MalformedError(
+            "wrong content", where=pointer or "/", expected=expected, found=shown, reason=self._reason
+        )
 
     def take(self, key: str, kind: type | tuple[type, ...], expected: str) -> Any:
         """The value of a required key, of the given Python type (`bool` never passes as `int`)."""

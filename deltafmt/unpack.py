@@ -41,8 +41,8 @@ def unpack(
 ) -> UnpackReport:
     """Unpack an archive into a plain Hugging Face checkpoint at `dst`.
 
-    Of a lossless archive every file is identical, byte for byte, to the one that was packed; each tensor is checked against its digest before
-    anything appears at `dst`.
+    Of a lossless archive every file is identical, byte for byte, to the one that was packed; each tensor is checked
+    against its digest before anything appears at `dst`.
 
     Args:
         src: the archive.
@@ -79,7 +79,11 @@ def unpack(
         check_rest_of_bases(archive, pipeline)
         area.commit()
         reports = tensor_reports(archive.manifest, archive.stored_size)
-        files = (*(output.name for output in layout.files), *archive.sidecars, *([layout.index[0]] if layout.index else []))
+        files = (
+            *(output.name for output in layout.files),
+            *archive.sidecars,
+            *([layout.index[0]] if layout.index else []),
+        )
         return UnpackReport(
             logical_bytes=sum((Path(dst) / name).stat().st_size for name in files),
             stored_bytes=archive.input_bytes,
@@ -97,7 +101,14 @@ def check_sidecar(archive: Archive, name: str, found: str) -> None:
     """Raise `IntegrityError` if a sidecar's digest is not the manifest's."""
     expected = archive.manifest.sidecars[name].digest
     if found != expected:
-        raise IntegrityError("the sidecar has changed", where=str(archive.path / name), expected=expected, found=found, hint="Download it again", reason="digest")
+        raise IntegrityError(
+            "the sidecar has changed",
+            where=str(archive.path / name),
+            expected=expected,
+            found=found,
+            hint="Download it again",
+            reason="digest",
+        )
 
 
 class _Unpacker:
@@ -111,7 +122,9 @@ class _Unpacker:
         """Write one weight file: rebuilt and written piece by piece in parallel, digested in order."""
         file.append(len(output.header).to_bytes(8, "little") + output.header)
         offset = file.position
-        for (name, info), rebuilder in self._pipeline.ordered(output.tensors.items(), self._rebuilder, lambda item: 1 << 20):
+        for (name, info), rebuilder in self._pipeline.ordered(
+            output.tensors.items(), self._rebuilder, lambda item: 1 << 20
+        ):
             self._progress(self._done, self._total, name)
             running = hashlib.sha256() if self._archive.manifest.tensors[name].exact else None
             for bits in self._pieces(rebuilder, info, file, offset):
@@ -129,7 +142,9 @@ class _Unpacker:
 
     def _pieces(self, rebuilder: Rebuilder, info: TensorInfo, file: NewFile, offset: int) -> Iterator[Bits]:
         for _, piece in self._pipeline.ordered(
-            piece_ranges(rebuilder, info.count), partial(self._piece, rebuilder, info.dtype, file, offset), lambda span: 8 * (span[1] - span[0])
+            piece_ranges(rebuilder, info.count),
+            partial(self._piece, rebuilder, info.dtype, file, offset),
+            lambda span: 8 * (span[1] - span[0]),
         ):
             yield piece
             self._buffers.append(piece.base if piece.base is not None else piece)
@@ -156,7 +171,9 @@ class _Unpacker:
 
 
 def check_rest_of_bases(archive: Archive, pipeline: Pipeline) -> None:
-    """Check the digests of base tensors that no recipe asked for: a base that is given must be the whole of what it was."""
+    """Check the digests of base tensors that no recipe asked for: a base that is given must be the whole of what it
+    was.
+    """
     for base in archive.bases.values():
         for _ in pipeline.ordered(base.unverified(), base.verify, base.nbytes):
             pass
@@ -173,5 +190,10 @@ def check_digest(archive: Archive, name: str, found: str) -> None:
     expected = archive.manifest.tensors[name].digest
     if found != expected:
         raise IntegrityError(
-            f"tensor '{escaped(name)}' does not match its digest", where=archive.location, expected=expected, found=found, hint="Download the archive again", reason="digest"
+            f"tensor '{escaped(name)}' does not match its digest",
+            where=archive.location,
+            expected=expected,
+            found=found,
+            hint="Download the archive again",
+            reason="digest",
         )

@@ -42,7 +42,8 @@ def verify(
     Args:
         src: the archive.
         base: the base it was packed against.
-        against: a checkpoint (or archive) to compare with; the report then has `equal`, `differences` and the relative error per tensor.
+        against: a checkpoint (or archive) to compare with; the report then has `equal`, `differences` and the relative
+            error per tensor.
 
     Raises:
         IntegrityError, MalformedError, UnsupportedError: the archive is damaged or unknown (spec/reasons.md).
@@ -104,7 +105,8 @@ class _Checker:
         covered = {
             tensor.recipe.array
             for tensor in tensors
-            if isinstance(tensor.recipe, Stored) and tensor.digest == self._archive.manifest.arrays[tensor.recipe.array].digest
+            if isinstance(tensor.recipe, Stored)
+            and tensor.digest == self._archive.manifest.arrays[tensor.recipe.array].digest
         }
         for name, array in self._archive.manifest.arrays.items():
             if name in covered:
@@ -118,7 +120,9 @@ class _Checker:
             check_array_digest(self._archive, name, "sha256:" + running.hexdigest())
 
     def check_tensors(self) -> dict[str, float]:
-        """Rebuild every tensor that can be rebuilt and check its digest; the relative error of each against the other checkpoint."""
+        """Rebuild every tensor that can be rebuilt and check its digest; the relative error of each against the other
+        checkpoint.
+        """
         errors: dict[str, float] = {}
         for name, tensor in self._archive.manifest.tensors.items():
             self._progress(self._done, self._total, name)
@@ -156,8 +160,12 @@ def _read_span(read: Read, dtype: Dtype, span: tuple[int, int]) -> Bits:
     return bits
 
 
-def _rebuild_span(rebuilder: Rebuilder, other: Checkpoint | None, name: str, span: tuple[int, int]) -> tuple[Bits, float, float]:
-    """The rebuilt bits; the squared norms of the difference to the other checkpoint and of its values (0, 0 if the bits are equal)."""
+def _rebuild_span(
+    rebuilder: Rebuilder, other: Checkpoint | None, name: str, span: tuple[int, int]
+) -> tuple[Bits, float, float]:
+    """The rebuilt bits; the squared norms of the difference to the other checkpoint and of its values (0, 0 if the bits
+    are equal).
+    """
     bits = np.empty(span[1] - span[0], rebuilder.dtype.bits)
     rebuilder.read(*span, bits)
     if other is None:

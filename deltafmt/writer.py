@@ -34,7 +34,9 @@ class ArchiveWriter:
 
     def __init__(self, staging: Staging, tensors: Iterable[tuple[str, int]], shard_bytes: int = SHARD_BYTES) -> None:
         self._staging = staging
-        self._room = _ARRAYS_PER_TENSOR * header_room((f"{name}#residual", max(dimensions, 2)) for name, dimensions in tensors)
+        self._room = _ARRAYS_PER_TENSOR * header_room(
+            (f"{name}#residual", max(dimensions, 2)) for name, dimensions in tensors
+        )
         self._shard_bytes = shard_bytes
         self._open: list[ShardWriter] = []
         self._shards: list[Shard] = []
@@ -51,8 +53,18 @@ class ArchiveWriter:
             name = f"{wanted}#{tries}"
         return name
 
-    def add_array(self, wanted: str, dtype: Dtype, shape: Shape, encoding: Encoding, chunks: Iterable[list[Any]], array_digest: Callable[[], str]) -> str:
-        """Write one stored array from its encoded chunks; return its name. `array_digest` is asked once the chunks are through."""
+    def add_array(
+        self,
+        wanted: str,
+        dtype: Dtype,
+        shape: Shape,
+        encoding: Encoding,
+        chunks: Iterable[list[Any]],
+        array_digest: Callable[[], str],
+    ) -> str:
+        """Write one stored array from its encoded chunks; return its name. `array_digest` is asked once the chunks are
+        through.
+        """
         if self._open and self._open[-1].stored_bytes >= self._shard_bytes:
             self._finish_shard()
         if not self._open:
@@ -70,7 +82,9 @@ class ArchiveWriter:
         return self.add_array(wanted, dtype, shape, encoding, _encoded(bits, encoding, thorough), lambda: digest(bits))
 
     def add_sidecar(self, name: str, source: Path) -> None:
-        """Copy a file of the checkpoint byte for byte. Raises `AccessError`, `MalformedError` (a name that is not allowed)."""
+        """Copy a file of the checkpoint byte for byte. Raises `AccessError`, `MalformedError` (a name that is not
+        allowed).
+        """
         check_sidecar_name(name, str(source))
         self._sidecars[name] = Sidecar(*copied(self._staging, name, source))
 
@@ -85,7 +99,9 @@ class ArchiveWriter:
     def _add_text(self, wanted: str, content: bytes) -> str:
         return self.add_bits(wanted, DTYPES["U8"], (len(content),), raw_bytes(content), thorough=True)
 
-    def finish(self, checkpoint: CheckpointEntry, bases: Mapping[str, Base], annotations: Mapping[str, Any]) -> Manifest:
+    def finish(
+        self, checkpoint: CheckpointEntry, bases: Mapping[str, Base], annotations: Mapping[str, Any]
+    ) -> Manifest:
         """Finish the last shard and write the manifest; return it."""
         if self._open:
             self._finish_shard()
@@ -125,4 +141,3 @@ def _blocks(source: Path, running: Any) -> Iterator[bytes]:
                 yield block
     except OSError as error:
         raise AccessError(f"cannot read: {error.strerror}", where=str(source)) from error
-

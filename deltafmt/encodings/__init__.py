@@ -47,7 +47,10 @@ class Encoding:
         for name, known in ((encoding.filter, FILTERS), (encoding.coder, CODERS)):
             if name not in known:
                 raise UnsupportedError(
-                    f"unknown encoding {name!a}", where=pointer, hint=f"This version knows {', '.join(known)}", reason="encoding"
+                    f"unknown encoding {name!a}",
+                    where=pointer,
+                    hint=f"This version knows {', '.join(known)}",
+                    reason="encoding",
                 )
         if encoding.coder == "none" and encoding.filter != "none":
             raise MalformedError("a filter without a coder", where=pointer, reason="schema")
@@ -55,7 +58,11 @@ class Encoding:
             raise MalformedError(f"float-planes on {dtype.name}", where=pointer, reason="schema")
         if encoding.chunk * dtype.width > CHUNK_BYTES:
             raise MalformedError(
-                "a chunk is too large", where=pointer, expected=f"at most {CHUNK_BYTES} bytes", found=encoding.chunk, reason="limit"
+                "a chunk is too large",
+                where=pointer,
+                expected=f"at most {CHUNK_BYTES} bytes",
+                found=encoding.chunk,
+                reason="limit",
             )
         return encoding
 
@@ -105,7 +112,8 @@ def encode_chunk(bits: Bits, encoding: Encoding, thorough: bool = False) -> list
         thorough: spend time on finding repeats, as in text.
 
     Returns:
-        The stored bytes of each plane (bytes-like, in order), independent of `bits` and of any scratch memory unless the encoding is raw.
+        The stored bytes of each plane (bytes-like, in order), independent of `bits` and of any scratch memory unless
+        the encoding is raw.
     """
     if encoding.is_raw:
         return [bits.view(np.uint8)]
@@ -131,7 +139,9 @@ def decode_chunk(stored: npt.NDArray[np.uint8], ends: Sequence[int], encoding: E
     """
     if encoding.is_raw:
         if stored.size != out.nbytes:
-            raise MalformedError("a chunk has another size", where=where, expected=out.nbytes, found=stored.size, reason="chunk-size")
+            raise MalformedError(
+                "a chunk has another size", where=where, expected=out.nbytes, found=stored.size, reason="chunk-size"
+            )
         np.copyto(out.view(np.uint8), stored)
         return
     if encoding.filter == "none":

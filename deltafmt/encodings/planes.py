@@ -1,6 +1,7 @@
 """Filters: the elements of a chunk <-> byte planes (spec/encodings/planes.md, float-planes.md).
 
-Split halves the width again and again (8 -> 4 -> 2 -> 1 bytes), merge doubles it: widening and narrowing copies are vectorised by numpy, strided byte
+Split halves the width again and again (8 -> 4 -> 2 -> 1 bytes), merge doubles it: widening and narrowing copies are
+vectorised by numpy, strided byte
 copies are not (measured on 4-byte elements: 6.9 against 3.2 GB/s).
 """
 

@@ -11,10 +11,18 @@ import zstandard
 
 from ..errors import MalformedError
 
-# In effect Huffman coding alone: a tiny hash table and long matches, so that almost no time goes into looking for repeats, which exponents and
-# mantissas do not have. Runs of zeros are still found. Measured on real exponents: smaller than levels 1 to 3, and 2 to 5 times faster.
+# In effect Huffman coding alone: a tiny hash table and long matches, so that almost no time goes into looking for
+# repeats, which exponents and mantissas do not have. Runs of zeros are still found. Measured on real exponents: smaller
+# than levels 1 to 3, and 2 to
+# 5 times faster.
 _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
-    1, strategy=zstandard.STRATEGY_FAST, hash_log=6, min_match=7, window_log=18, write_content_size=True, write_checksum=False
+    1,
+    strategy=zstandard.STRATEGY_FAST,
+    hash_log=6,
+    min_match=7,
+    window_log=18,
+    write_content_size=True,
+    write_checksum=False,
 )
 _SAMPLE = 4096
 
@@ -32,7 +40,9 @@ _CONTEXTS = _Contexts()
 
 
 def compress(plane: npt.NDArray[np.uint8], thorough: bool = False) -> Any:
-    """The frame, or the plane itself where the frame would not be shorter. Both are bytes-like. `thorough` is for text: slow, looks for repeats."""
+    """The frame, or the plane itself where the frame would not be shorter. Both are bytes-like. `thorough` is for text:
+    slow, looks for repeats.
+    """
     if not thorough and _looks_random(plane):
         return plane
     frame = (_CONTEXTS.thorough if thorough else _CONTEXTS.compressor).compress(plane.data)
@@ -59,11 +69,17 @@ def decompress(stored: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8], where:
         declared = frame.content_size
         if declared != out.size or frame.dict_id or stored.size > out.size or bytes(stored[:3]) != b"\x28\xb5\x2f":
             raise MalformedError(
-                "a compressed plane declares another size", where=where, expected=out.size, found=declared, reason="chunk-size"
+                "a compressed plane declares another size",
+                where=where,
+                expected=out.size,
+                found=declared,
+                reason="chunk-size",
             )
         plane = _CONTEXTS.decompressor.decompress(stored.data, max_output_size=out.size, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise MalformedError(f"a compressed plane does not decode: {error}", where=where, reason="chunk-size") from error
+        raise MalformedError(
+            f"a compressed plane does not decode: {error}", where=where, reason="chunk-size"
+        ) from error
     if len(plane) != out.size:
         raise MalformedError(
             "a compressed plane has another size", where=where, expected=out.size, found=len(plane), reason="chunk-size"

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-
 from ..dtypes import DTYPES, Bits, Dtype, Shape
 from ..encodings import Encoding, compressed, encode_chunk, raw
 from ..operators import Ref
@@ -50,7 +49,9 @@ class Coding:
         part = slice(index * self.encoding.chunk, (index + 1) * self.encoding.chunk)
         if self.prediction is None:
             return self.bits[part]
-        return difference(self.bits[part], cast(self.prediction.bits[part], self.prediction.dtype, self.dtype), self.dtype)
+        return difference(
+            self.bits[part], cast(self.prediction.bits[part], self.prediction.dtype, self.dtype), self.dtype
+        )
 
     def chunk(self, index: int) -> tuple[Bits, list[Any]]:
         """One chunk: its elements, and the stored bytes of its planes."""
@@ -58,8 +59,12 @@ class Coding:
         return elements, encode_chunk(elements, self.encoding)
 
     def estimate(self) -> float:
-        """Bytes that the array would take, chunk table included; exact for arrays of a few chunks, else from a sample."""
-        sample = sorted({round(step * (self.chunks - 1) / (_SAMPLES - 1)) for step in range(_SAMPLES)}) if self.chunks else []
+        """Bytes that the array would take, chunk table included; exact for a few chunks, else from a sample."""
+        sample = (
+            sorted({round(step * (self.chunks - 1) / (_SAMPLES - 1)) for step in range(_SAMPLES)})
+            if self.chunks
+            else []
+        )
         stored = elements = 0
         for index in sample:
             bits, planes = self.chunk(index)
@@ -81,5 +86,3 @@ def candidates(dtype: Dtype, shape: Shape, bits: Bits, prediction: Prediction | 
 def choose(dtype: Dtype, shape: Shape, bits: Bits, prediction: Prediction | None = None) -> Coding:
     """The coding with the smallest estimate; the simpler one where they are equal."""
     return min(candidates(dtype, shape, bits, prediction), key=Coding.estimate)
-
-

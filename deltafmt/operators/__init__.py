@@ -1,4 +1,6 @@
-"""Operators: the closed table of recipe nodes (spec/operators/). One file an operator; adding one is a change of the specification."""
+"""Operators: the closed table of recipe nodes (spec/operators/). One file an operator; adding one is a change of the
+specification.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,21 @@ from .sum import Sum
 
 OPERATORS: dict[str, type[Operator]] = {kind.op: kind for kind in (Stored, Ref, Sum, Lowrank, Patch)}
 
-__all__ = ["OPERATORS", "Facts", "Lowrank", "Operator", "Patch", "Ref", "Scope", "Source", "Stored", "Sum", "Target", "Value", "parse_recipe"]
+__all__ = [
+    "OPERATORS",
+    "Facts",
+    "Lowrank",
+    "Operator",
+    "Patch",
+    "Ref",
+    "Scope",
+    "Source",
+    "Stored",
+    "Sum",
+    "Target",
+    "Value",
+    "parse_recipe",
+]
 
 
 def parse_recipe(value: object, pointer: str, depth: int = 1) -> Operator:
@@ -31,7 +47,10 @@ def parse_recipe(value: object, pointer: str, depth: int = 1) -> Operator:
     kind = OPERATORS.get(op)
     if kind is None:
         raise UnsupportedError(
-            f"unknown operator {op[:80]!a}", where=pointer, hint=f"This version knows {', '.join(OPERATORS)}", reason="operator"
+            f"unknown operator {op[:80]!a}",
+            where=pointer,
+            hint=f"This version knows {', '.join(OPERATORS)}",
+            reason="operator",
         )
     recipe = kind.parse(fields, lambda key, operand: parse_recipe(operand, f"{pointer}/{key}", depth + 1), pointer)
     fields.done()

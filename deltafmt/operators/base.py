@@ -1,4 +1,4 @@
-"""What every operator is: a node of a recipe, and, bound to a source of data, a value that can be read range by range."""
+"""What every operator is: a node of a recipe; and, bound to data, a value that can be read range by range."""
 
 from __future__ import annotations
 

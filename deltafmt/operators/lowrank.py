@@ -48,7 +48,9 @@ class Lowrank(Operator):
                 kind = "a wide node" if operand.dtype is None else operand.dtype.name
                 raise misfit("a factor that is not a float", f"{pointer}/{key}", "F64, F32, F16 or BF16", kind)
             if len(operand.shape) != 2 or operand.shape[1] != size or operand.shape[0] != a.shape[0]:
-                raise misfit("a factor of the wrong shape", f"{pointer}/{key}", f"[{a.shape[0]}, {size}]", list(operand.shape))
+                raise misfit(
+                    "a factor of the wrong shape", f"{pointer}/{key}", f"[{a.shape[0]}, {size}]", list(operand.shape)
+                )
         if not 1 <= a.shape[0] <= min(target.rows, target.row):
             raise misfit("the rank does not fit", pointer, f"1 to {min(target.rows, target.row)}", a.shape[0])
         if not math.isfinite(self.scale):

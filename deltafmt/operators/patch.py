@@ -42,14 +42,18 @@ class Patch(Operator):
             found = "a wide node" if prediction.dtype is None else prediction.dtype.name
             raise misfit("a prediction of the wrong dtype", f"{pointer}/prediction", target.dtype.name, found)
         if prediction.shape != residual.shape:
-            raise misfit("prediction and residual differ in shape", pointer, list(prediction.shape), list(residual.shape))
+            raise misfit(
+                "prediction and residual differ in shape", pointer, list(prediction.shape), list(residual.shape)
+            )
         if not (prediction.exact and residual.exact):
             raise misfit("a patch of something that is not exact", pointer)
         return Facts(target.dtype, prediction.shape, exact=True)
 
     def bind(self, source: Source, scope: Scope, target: Target) -> Value:
         facts = self.infer(scope, target, target.name)
-        return _Patch(facts, self.prediction.bind(source, scope, target), self.residual.bind(source, scope, target), target.dtype)
+        return _Patch(
+            facts, self.prediction.bind(source, scope, target), self.residual.bind(source, scope, target), target.dtype
+        )
 
 
 class _Patch(Value):
@@ -81,7 +85,7 @@ def cast(bits: Bits, source: Dtype, target: Dtype) -> Bits:
 
 
 def difference(bits: Bits, predicted: Bits, dtype: Dtype) -> Bits:
-    """The residual that turns `predicted` into `bits`, zigzag-coded. All `[m]`, unsigned integers of the dtype's width."""
+    """The zigzag-coded residual that turns `predicted` into `bits`: all `[m]` unsigned integers of one width."""
     ordered = _order(predicted, dtype, "patch ordered prediction")
     residual: Bits = np.subtract(_order(bits, dtype, "patch ordered"), ordered)
     sign = _sign_mask(residual, "patch sign")
@@ -109,7 +113,8 @@ def _order(bits: Bits, dtype: Dtype, purpose: str) -> Bits:
         return bits
     ordered: Bits = scratch(purpose, bits.dtype, bits.size)
     np.copyto(ordered, bits)
-    return np.bitwise_xor(bits, _flips(ordered), out=ordered)
+    np.bitwise_xor(bits, _flips(ordered), out=ordered)
+    return ordered
 
 
 def _flips(bits: Bits) -> Bits:

@@ -29,7 +29,9 @@ class Ref(Operator):
         name = escaped(self.tensor)
         if self.base is None:
             return found_facts(scope.tensor(self.tensor), f"tensor '{name}'", pointer)
-        return found_facts(scope.base_tensor(self.base, self.tensor), f"tensor '{name}' in base '{escaped(self.base)}'", pointer)
+        return found_facts(
+            scope.base_tensor(self.base, self.tensor), f"tensor '{name}' in base '{escaped(self.base)}'", pointer
+        )
 
     def bind(self, source: Source, scope: Scope, target: Target) -> Value:
         read = source.tensor_reader(self.tensor) if self.base is None else source.base_reader(self.base, self.tensor)

@@ -35,9 +35,13 @@ class Sum(Operator):
         facts = [term.infer(scope, target, f"{pointer}/terms/{index}") for index, term in enumerate(self.terms)]
         for index, term in enumerate(facts):
             if term.shape != facts[0].shape:
-                raise misfit("terms of unequal shape", f"{pointer}/terms/{index}", list(facts[0].shape), list(term.shape))
+                raise misfit(
+                    "terms of unequal shape", f"{pointer}/terms/{index}", list(facts[0].shape), list(term.shape)
+                )
             if term.dtype is not None and not term.dtype.is_float:
-                raise misfit("a term that is not a float", f"{pointer}/terms/{index}", "F64, F32, F16 or BF16", term.dtype.name)
+                raise misfit(
+                    "a term that is not a float", f"{pointer}/terms/{index}", "F64, F32, F16 or BF16", term.dtype.name
+                )
         return Facts(None, facts[0].shape, exact=False)
 
     def bind(self, source: Source, scope: Scope, target: Target) -> Value:
