@@ -97,13 +97,11 @@ def round_to(values: npt.NDArray[Any], target: Dtype, out: Bits | None = None) -
     """
     if out is None:
         out = np.empty(values.shape, target.bits)
-    if values.dtype == target.values:
-        np.copyto(out, values.view(target.bits))
-    else:
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            np.copyto(out.view(target.values), values, casting="unsafe")
-    nan = np.isnan(values)
-    if nan.any():
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        np.copyto(out.view(target.values), values, casting="unsafe")
+        has_nan = values.size > 0 and bool(np.isnan(values.min()))  # a NaN is the minimum of whatever it is in
+    if has_nan:
+        nan = np.isnan(values)
         quiet = np.array(np.nan, target.values).view(target.bits)
         sign = target.bits.type(1 << (8 * target.width - 1))
         out[nan] = np.where(np.signbit(values[nan]), quiet | sign, quiet & ~sign)

@@ -217,10 +217,10 @@ def _choose(folder: Mapping[str, _Found], where: str, limits: Limits) -> _Choice
             return _Choice((any_name[0],), None)
     several = safetensors or pickles
     raise MalformedError(
-        f"{len(several)} weight files and no index: {_some(several)}" if several else "no weights at the top level",
+        f"{len(several)} weight files and no index: {_some(several)}" if several else "no weights in it",
         where=where,
-        hint=f"Looked for {', '.join((*_STANDARD_SAFETENSORS, *_STANDARD_PICKLES))}, each with .index.json, then for one "
-        "*.safetensors, *.bin, *.pt or *.pth. Give one file, or the directory that holds the weights",
+        hint=f"Looked for {', '.join((*_STANDARD_SAFETENSORS, *_STANDARD_PICKLES))}, each with .index.json, "
+        "then for one *.safetensors, *.bin, *.pt or *.pth. Give one file, or the directory that holds the weights",
     )
 
 

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import time
 
+from .limits import DEFAULT_LIMITS, Limits
 from .names import MANIFEST
 from .report import InspectReport
-from .roles import ROLES, array_roles, refers_to, tensor_reports
+from .roles import refers_to, role_bytes, tensor_reports
 from .sources import PathLike, open_archive
 from .verify import checkpoint_bytes
 
 
-def inspect(src: PathLike) -> InspectReport:
+def inspect(src: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> InspectReport:
     """Sizes by role, ranks, and who refers to whom. The base is not needed.
 
     Raises:
         MalformedError, UnsupportedError, IntegrityError: as opening the archive does.
     """
     started = time.perf_counter()
-    with open_archive(src) as archive:
+    with open_archive(src, limits=limits) as archive:
         manifest = archive.manifest
-        roles = dict.fromkeys(ROLES, 0)
-        for array, role in array_roles(manifest).items():
-            roles[role] += archive.stored_size(array)
-        roles["manifest"] = (archive.path / MANIFEST).stat().st_size
-        roles["sidecar"] = sum(sidecar.size for sidecar in manifest.sidecars.values())
-        roles["overhead"] = archive.input_bytes - sum(roles.values())
+        weights, index = [file.name for file in manifest.checkpoint.files], manifest.checkpoint.index
+        manifest_bytes = (archive.path / MANIFEST).stat().st_size
         reports = tensor_reports(manifest, archive.stored_size)
         return InspectReport(
             logical_bytes=checkpoint_bytes(archive),
@@ -37,7 +34,7 @@ def inspect(src: PathLike) -> InspectReport:
             source=str(src),
             version=manifest.version,
             shards=len(manifest.shards),
-            roles=roles,
+            roles=role_bytes(manifest, archive.stored_size, manifest_bytes, archive.input_bytes),
             ranks={name: report.rank for name, report in reports.items() if report.rank is not None},
             sharing={
                 name: ", ".join(found) for name, tensor in manifest.tensors.items() if (found := refers_to(tensor))
@@ -51,5 +48,6 @@ def inspect(src: PathLike) -> InspectReport:
                 }
                 for name, base in manifest.bases.items()
             },
+            files=tuple(sorted([*weights, *manifest.sidecars, *(index[:1] if index else ())])),
             annotations=dict(manifest.annotations),
         )

@@ -14,9 +14,9 @@ from .digests import is_digest, model_digest
 from .dtypes import Dtype, Shape, dtype
 from .encodings import Encoding
 from .errors import IntegrityError, MalformedError, UnsupportedError
-from .limits import DEFAULT_LIMITS, MAX_INTEGER, Limits
+from .limits import DEFAULT_LIMITS, JSON_DEPTH, MAX_INTEGER, Limits
 from .operators import Operator, parse_recipe
-from .strictjson import Fields, canonical, parse
+from .strictjson import Fields, Record, canonical, check_depth, parse
 
 FORMAT = "deltafmt"
 MAJOR, MINOR = 1, 0
@@ -24,6 +24,7 @@ FEATURES: frozenset[str] = frozenset()
 
 _PREFIX = b'{"$checksum":"sha256:'
 _ZEROS = b"0" * 64
+_AGAIN = "Download the file again"
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})")
 _T = TypeVar("_T")
 
@@ -180,14 +181,18 @@ def parse_manifest(data: bytes, where: str, limits: Limits = DEFAULT_LIMITS) -> 
                 where=where,
                 expected=data[len(_PREFIX) : body].decode(),
                 found=found.hexdigest(),
-                hint="Download the file again",
+                hint=_AGAIN,
                 reason="manifest-checksum",
             )
     document = parse(data, where)
+    if not isinstance(document, dict):
+        raise MalformedError("the manifest is not an object", where=where, hint=_AGAIN, reason="json")
     fields = Fields(document, "")
-    _check_version(document if isinstance(document, dict) else {}, where)
     if not data.startswith(_PREFIX) or not is_digest(fields.text("$checksum")):
-        raise MalformedError("the manifest does not begin with its checksum", where=where, reason="schema")
+        raise MalformedError(
+            "the manifest does not begin with its checksum", where=where, hint=_AGAIN, reason="schema"
+        )
+    _check_version(document, where)
     if fields.text("format") != FORMAT:
         raise MalformedError("the format is another", where="/format", expected=FORMAT, reason="schema")
     fields.text("version")
@@ -205,10 +210,12 @@ def parse_manifest(data: bytes, where: str, limits: Limits = DEFAULT_LIMITS) -> 
             name: _parse_sidecar(item, f"/sidecars/{name}")
             for name, item in _capped(fields.object("sidecars"), "sidecars", limits).items()
         },
-        annotations=fields.object("annotations") if fields.has("annotations") else {},
+        annotations=_parse_annotations(fields),
         version=document["version"],
     )
     fields.done()
+    if names.CHUNK_TABLE in manifest.arrays:
+        raise MalformedError("this name is the chunk table's", where=f"/arrays/{names.CHUNK_TABLE}", reason="name")
     _check_file_names(manifest, where)
     limits.check("total_bytes", manifest.logical_bytes, where)
     for name, array in manifest.arrays.items():
@@ -267,41 +274,43 @@ def _parse_shape(items: list[Any], kind: Dtype, pointer: str, limits: Limits) ->
     return tuple(items)
 
 
-def _parse_digest(fields: Fields, pointer: str, key: str = "digest") -> str:
-    text = fields.text(key)
+def _checked_digest(text: str, pointer: str) -> str:
     if not is_digest(text):
-        raise MalformedError(
-            "not a digest", where=f"{pointer}/{key}", expected="sha256: and 64 hex digits", reason="schema"
-        )
+        raise MalformedError("not a digest", where=pointer, expected="sha256: and 64 hex digits", reason="schema")
     return text
 
 
+def _checked_size(number: int, pointer: str) -> int:
+    if not 0 <= number <= MAX_INTEGER:
+        raise MalformedError("not a size", where=pointer, found=number, reason="schema")
+    return number
+
+
+_SHARD = Record(name=str, size=int, header=str)
+_ARRAY = Record(dtype=str, shape=list, shard=int, encoding=dict, table=int, digest=str)
+_BASE_TENSOR = Record(dtype=str, shape=list, digest=str)
+_EXACT_TENSOR = Record(dtype=str, shape=list, recipe=dict, digest=str)
+_WEIGHT_FILE = Record(name=str, header=str)
+_INDEX = Record(name=str, array=str)
+_SIDECAR = Record(size=int, digest=str)
+
+
 def _parse_shard(item: object, pointer: str) -> Shard:
-    fields = Fields(item, pointer)
-    shard = Shard(
-        names.check_shard_name(fields.text("name"), pointer),
-        fields.integer("size"),
-        _parse_digest(fields, pointer, "header"),
-    )
-    fields.done()
-    return shard
+    name, size, header = _SHARD(item, pointer)
+    return Shard(names.check_shard_name(name, pointer), _checked_size(size, pointer), _checked_digest(header, pointer))
 
 
 def _parse_array(item: object, pointer: str, limits: Limits) -> Array:
-    fields = Fields(item, pointer)
-    if pointer == f"/arrays/{names.CHUNK_TABLE}":
-        raise MalformedError("this name is the chunk table's", where=pointer, reason="name")
-    kind = dtype(fields.text("dtype"), pointer)
-    array = Array(
+    kind_name, shape, shard, encoding, table, digest = _ARRAY(item, pointer)
+    kind = dtype(kind_name, pointer)
+    return Array(
         kind,
-        _parse_shape(fields.array("shape"), kind, pointer, limits),
-        fields.integer("shard"),
-        Encoding.parse(fields.object("encoding"), f"{pointer}/encoding", kind),
-        fields.integer("table"),
-        _parse_digest(fields, pointer),
+        _parse_shape(shape, kind, pointer, limits),
+        _checked_size(shard, pointer),
+        Encoding.parse(encoding, pointer, kind),
+        _checked_size(table, pointer),
+        _checked_digest(digest, pointer),
     )
-    fields.done()
-    return array
 
 
 def _parse_base(name: str, item: object, limits: Limits) -> Base:
@@ -309,7 +318,7 @@ def _parse_base(name: str, item: object, limits: Limits) -> Base:
     if not names.BASE_ID.fullmatch(name):
         raise MalformedError("not a base id", where=pointer, expected=names.BASE_ID.pattern, reason="name")
     fields = Fields(item, pointer)
-    stated = _parse_digest(fields, pointer)
+    stated = _checked_digest(fields.text("digest"), pointer)
     base = Base(
         _named(
             fields.object("tensors"),
@@ -333,51 +342,55 @@ def _parse_base(name: str, item: object, limits: Limits) -> Base:
 
 
 def _parse_base_tensor(item: object, pointer: str, limits: Limits) -> BaseTensor:
-    fields = Fields(item, pointer)
-    kind = dtype(fields.text("dtype"), pointer)
-    tensor = BaseTensor(
-        kind, _parse_shape(fields.array("shape"), kind, pointer, limits), _parse_digest(fields, pointer)
-    )
-    fields.done()
-    return tensor
+    kind_name, shape, digest = _BASE_TENSOR(item, pointer)
+    kind = dtype(kind_name, pointer)
+    return BaseTensor(kind, _parse_shape(shape, kind, pointer, limits), _checked_digest(digest, pointer))
 
 
 def _parse_tensor(item: object, pointer: str, limits: Limits) -> Tensor:
+    exact = isinstance(item, dict) and "rel_error" not in item
+    kind_name, shape, recipe, error = _EXACT_TENSOR(item, pointer) if exact else _approximate(item, pointer)
+    kind = dtype(kind_name, pointer)
+    parsed = kind, _parse_shape(shape, kind, pointer, limits), parse_recipe(recipe, f"{pointer}/recipe")
+    if exact:
+        return Tensor(*parsed, digest=_checked_digest(error, pointer))
+    if not error >= 0:
+        raise MalformedError("a negative error", where=f"{pointer}/rel_error", reason="schema")
+    return Tensor(*parsed, rel_error=error)
+
+
+def _approximate(item: object, pointer: str) -> tuple[str, list[Any], dict[str, Any], float]:
     fields = Fields(item, pointer)
-    kind = dtype(fields.text("dtype"), pointer)
-    shape = _parse_shape(fields.array("shape"), kind, pointer, limits)
-    recipe = parse_recipe(fields.object("recipe"), f"{pointer}/recipe")
-    if fields.has("digest"):
-        tensor = Tensor(kind, shape, recipe, digest=_parse_digest(fields, pointer))
-    else:
-        tensor = Tensor(kind, shape, recipe, rel_error=fields.number("rel_error"))
-        if tensor.rel_error is None or tensor.rel_error < 0:
-            raise MalformedError("a negative error", where=f"{pointer}/rel_error", reason="schema")
+    values = fields.text("dtype"), fields.array("shape"), fields.object("recipe"), fields.number("rel_error")
     fields.done()
-    return tensor
+    return values
+
+
+def _parse_annotations(fields: Fields) -> dict[str, Any]:
+    if not fields.has("annotations"):
+        return {}
+    annotations = fields.object("annotations")
+    check_depth(annotations, "/annotations", JSON_DEPTH - 1)
+    return annotations
 
 
 def _parse_checkpoint(item: object, limits: Limits) -> Checkpoint:
     fields = Fields(item, "/checkpoint")
-    files = []
-    for position, entry in enumerate(_capped(fields.array("files"), "shards", limits)):
-        inner = Fields(entry, f"/checkpoint/files/{position}")
-        files.append(WeightFile(inner.text("name"), inner.text("header")))
-        inner.done()
+    entries = _capped(fields.array("files"), "shards", limits)
+    files = tuple(
+        WeightFile(*_WEIGHT_FILE(entry, f"/checkpoint/files/{place}")) for place, entry in enumerate(entries)
+    )
     index: tuple[str, str] | None = None
     if fields.has("index"):
-        inner = Fields(fields.object("index"), "/checkpoint/index")
-        index = inner.text("name"), inner.text("array")
-        inner.done()
+        name, array = _INDEX(fields.object("index"), "/checkpoint/index")
+        index = name, array
     fields.done()
-    return Checkpoint(tuple(files), index)
+    return Checkpoint(files, index)
 
 
 def _parse_sidecar(item: object, pointer: str) -> Sidecar:
-    fields = Fields(item, pointer)
-    sidecar = Sidecar(fields.integer("size"), _parse_digest(fields, pointer))
-    fields.done()
-    return sidecar
+    size, digest = _SIDECAR(item, pointer)
+    return Sidecar(_checked_size(size, pointer), _checked_digest(digest, pointer))
 
 
 def _check_file_names(manifest: Manifest, where: str) -> None:

@@ -13,8 +13,7 @@ CHUNK_TABLE = "deltafmt.chunks"
 SHARD_PATTERN = re.compile(r"deltafmt-.*\.safetensors", re.DOTALL)
 BASE_ID = re.compile(r"[a-z0-9_-]{1,64}")
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, lone surrogates
 _PATH_CHARACTERS = re.compile(r"[\\:]")
 _RESERVED = re.compile(r"(CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])", re.IGNORECASE)
 
@@ -30,9 +29,7 @@ def is_shard_name(name: str) -> bool:
 
 def check_name(name: str, where: str) -> str:
     """Check the name of a tensor or stored array; return it. Raises `MalformedError` (reason `name`)."""
-    if not name or _CONTROL.search(name) or _SURROGATE.search(name) or _length(name) > NAME_BYTES:
-        raise _refused(name, where)
-    if name == "__metadata__":
+    if not name or name == "__metadata__" or _UNPRINTABLE.search(name) or _length(name) > NAME_BYTES:
         raise _refused(name, where)
     return name
 
@@ -82,7 +79,7 @@ def check_no_clash(file_names: Iterable[str], where: str) -> None:
 
 def escaped(name: str) -> str:
     """A name as it can be shown on a terminal: no control characters, no surrogates, not longer than 200 characters."""
-    text = ascii(name)[1:-1] if _CONTROL.search(name) or _SURROGATE.search(name) else name
+    text = ascii(name)[1:-1] if _UNPRINTABLE.search(name) else name
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 

@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint, TensorInfo
 from .digests import digest
 from .durable import DryRun, Staging
 from .errors import UsageError
+from .limits import DEFAULT_LIMITS, Limits
 from .manifest import Base, BaseTensor, Manifest, Tensor
 from .methods.lossless import Coding, Prediction, choose
 from .methods.lowrank import Factored, LowrankMethod, Request
@@ -23,7 +24,7 @@ from .operators import Patch, Ref, Stored
 from .operators.patch import predicts
 from .pipeline import Pipeline
 from .report import PackReport, Progress, silent
-from .roles import tensor_reports
+from .roles import role_bytes, tensor_reports
 from .sources import BASE_ID, PathLike, check_apart, check_lossless, open_source
 from .version import __version__
 from .writer import SHARD_BYTES, ArchiveWriter
@@ -51,6 +52,7 @@ def pack(
     dry_run: bool = False,
     progress: Progress = silent,
     shard_bytes: int = SHARD_BYTES,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> PackReport:
     """Pack a checkpoint into an archive at `dst`. Lossless unless a lossy option is given.
 
@@ -72,6 +74,7 @@ def pack(
         dry_run: do all the work, report the sizes, write nothing.
         progress: called as the work goes on.
         shard_bytes: begin another shard once this many bytes are in one.
+        limits: caps on what is accepted from `src` and `base`.
 
     Returns:
         Sizes, errors and methods, in total and per tensor.
@@ -98,8 +101,8 @@ def pack(
         )
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        checkpoint = stack.enter_context(open_source(src))
-        reference = stack.enter_context(open_source(base)) if base is not None else None
+        checkpoint = stack.enter_context(open_source(src, limits=limits))
+        reference = stack.enter_context(open_source(base, limits=limits)) if base is not None else None
         check_apart(Path(dst), src, base)
         area = stack.enter_context((DryRun if dry_run else Staging)(Path(dst), overwrite=overwrite))
         pipeline = stack.enter_context(Pipeline(jobs))
@@ -126,6 +129,7 @@ def pack(
         base=None if base is None else str(base),
         method="lossless" if request is None else "lowrank",
         dry_run=dry_run,
+        roles=role_bytes(manifest, packer.array_bytes, len(manifest.to_bytes()), stored),
     )
 
 

@@ -54,11 +54,14 @@ class Report:
 
 @dataclass(frozen=True)
 class PackReport(Report):
+    """`roles` is that of `InspectReport`."""
+
     source: str = ""
     destination: str = ""
     base: str | None = None
     method: str = "lossless"
     dry_run: bool = False
+    roles: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,19 +73,25 @@ class UnpackReport(Report):
 
 @dataclass(frozen=True)
 class VerifyReport(Report):
-    """`against` is None if nothing was compared; `equal`: whether tensors and files are all the same, bit for bit."""
+    """`against` is None if nothing was compared; `equal`: whether tensors and files are all the same, bit for bit.
+
+    `as_stated` is true as well where nothing differs but lossy tensors, each by the error that the archive states.
+    `unchecked` are the tensors that could not be rebuilt for want of the base.
+    """
 
     source: str = ""
     against: str | None = None
     equal: bool | None = None
+    as_stated: bool | None = None
     base_checked: bool = True
+    unchecked: tuple[str, ...] = ()
     differences: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class InspectReport(Report):
     """`roles` maps base, factors, residual, weights, layout, sidecars, manifest and overhead to bytes; `sharing` maps a
-    tensor to what it refers to.
+    tensor to what it refers to; `files` are those that `unpack` writes.
     """
 
     source: str = ""
@@ -91,5 +100,6 @@ class InspectReport(Report):
     roles: dict[str, int] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     sharing: dict[str, str] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
     annotations: dict[str, Any] = field(default_factory=dict)

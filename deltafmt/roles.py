@@ -32,6 +32,19 @@ def _mark(node: Operator, role: str, roles: dict[str, str]) -> None:
             _mark(operand, "factors" if isinstance(node, Lowrank) else role, roles)
 
 
+def role_bytes(
+    manifest: Manifest, array_bytes: Callable[[str], int], manifest_bytes: int, stored_bytes: int
+) -> dict[str, int]:
+    """Bytes of an archive by role; they add up to `stored_bytes`. `overhead` is shard headers and padding."""
+    roles = dict.fromkeys(ROLES, 0)
+    for array, role in array_roles(manifest).items():
+        roles[role] += array_bytes(array)
+    roles["manifest"] = manifest_bytes
+    roles["sidecar"] = sum(sidecar.size for sidecar in manifest.sidecars.values())
+    roles["overhead"] = stored_bytes - sum(roles.values())
+    return roles
+
+
 def method(tensor: Tensor, manifest: Manifest) -> str:
     """`raw`, `compressed`, `ref` (inside the archive), `base-ref`, `patch`, `lowrank`."""
     recipe = tensor.recipe

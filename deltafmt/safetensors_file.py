@@ -14,7 +14,7 @@ from .dtypes import Bits, Dtype, Shape, dtype
 from .errors import AccessError, IntegrityError, MalformedError
 from .limits import DEFAULT_LIMITS, MAX_INTEGER, Limits
 from .names import escaped
-from .strictjson import Fields, parse
+from .strictjson import Record, parse
 
 _LENGTH = 8  # bytes of the header's length at the beginning of a file
 _MAX_READ = 1 << 30
@@ -45,9 +45,11 @@ def parse_header(header: bytes, where: str, limits: Limits = DEFAULT_LIMITS) -> 
         metadata = document.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise MalformedError("__metadata__ maps strings to strings", where=where)
-        entries = sorted(
-            ((name, _parse_entry(item, f"{where}: {escaped(name)}")) for name, item in document.items()), key=_position
-        )
+        entries = []
+        name = ""
+        for name, item in document.items():
+            entries.append((name, _parse_entry(item, where)))
+        entries.sort(key=_position)
     except MalformedError as error:
         if error.reason != "limit":
             error.reason = "shard-header"
@@ -71,12 +73,12 @@ def _position(item: tuple[str, Entry]) -> tuple[int, int]:
     return item[1].begin, item[1].end
 
 
+_ENTRY = Record(dtype=str, shape=list, data_offsets=list)
+
+
 def _parse_entry(item: object, where: str) -> Entry:
-    fields = Fields(item, where)
-    kind = dtype(fields.text("dtype"), where)
-    shape = fields.array("shape")
-    offsets = fields.array("data_offsets")
-    fields.done()
+    kind_name, shape, offsets = _ENTRY(item, where)
+    kind = dtype(kind_name, where)
     for number in (*shape, *offsets):
         if type(number) is not int or not 0 <= number <= MAX_INTEGER:
             raise MalformedError("not a size", where=where, found=repr(number)[:40])

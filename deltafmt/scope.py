@@ -9,7 +9,7 @@ import numpy as np
 from .dtypes import DTYPES
 from .errors import MalformedError
 from .limits import DEFAULT_LIMITS, RECIPE_DEPTH, Limits
-from .manifest import Manifest
+from .manifest import Manifest, Tensor
 from .names import escaped
 from .operators import Facts, Lowrank, Operator, Ref, Stored, Target
 
@@ -63,6 +63,9 @@ class ManifestScope:
         used: set[str] = set(self._manifest.checkpoint.arrays)
         depths: dict[str, int] = {}
         for name, tensor in self._manifest.tensors.items():
+            if self._is_plain(tensor):
+                used.add(tensor.recipe.array)  # type: ignore[attr-defined]
+                continue
             for node in tensor.recipe.walk():
                 if isinstance(node, Stored):
                     used.add(node.array)
@@ -78,6 +81,11 @@ class ManifestScope:
                     "a stored array that nothing uses", where=f"/arrays/{escaped(array)}", reason="coverage"
                 )
         self._check_checkpoint()
+
+    def _is_plain(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a stored array as it is: nearly all are, and nothing else is to be checked of them."""
+        array = self._manifest.arrays.get(tensor.recipe.array) if isinstance(tensor.recipe, Stored) else None
+        return array is not None and array.dtype is tensor.dtype and array.shape == tensor.shape
 
     def _check_recipe(self, name: str) -> None:
         tensor = self._manifest.tensors[name]

@@ -62,7 +62,19 @@ class ShardReader:
                 hint=needed,
                 reason="shard-size",
             )
-        self._file = SafetensorsFile(self.path, limits, header_digest=shard.header)
+        try:
+            self._file = SafetensorsFile(self.path, limits, header_digest=shard.header)
+        except MalformedError as error:
+            if error.reason != "shard-header":
+                raise
+            raise IntegrityError(
+                error.what,
+                where=error.where,
+                expected=error.expected,
+                found=error.found,
+                hint=_AGAIN,
+                reason=error.reason,
+            ) from error
         try:
             self._check_entries()
         except BaseException:
@@ -170,13 +182,12 @@ class ArrayReader:
         place = f"bytes {self._begin + begin} to {self._begin + row[-1]}"
         where = f"{self._file.path}: '{escaped(self._name)}', chunk {index}, {place}"
         if size > out.nbytes:
-            raise IntegrityError(
+            raise MalformedError(
                 "a chunk is longer than its elements",
                 where=where,
-                expected=out.nbytes,
+                expected=f"at most {out.nbytes}",
                 found=size,
-                hint=_AGAIN,
-                reason="table",
+                reason="chunk-size",
             )
         raw = self._array.encoding.is_raw and size == out.nbytes
         stored = out.view(np.uint8) if raw else scratch("stored chunk", np.uint8, size)

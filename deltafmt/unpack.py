@@ -16,6 +16,7 @@ from .dtypes import Bits, Dtype, round_to, widen
 from .durable import NewFile, Staging
 from .errors import IntegrityError
 from .layout import OutputFile, new_layout, original_layout, output_dtype
+from .limits import DEFAULT_LIMITS, Limits
 from .names import escaped
 from .pipeline import Pipeline
 from .reader import Archive
@@ -38,6 +39,7 @@ def unpack(
     jobs: int | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> UnpackReport:
     """Unpack an archive into a plain Hugging Face checkpoint at `dst`.
 
@@ -52,6 +54,8 @@ def unpack(
         max_shard_size: bytes; write new shards of at most this size in place of the original ones.
         jobs: threads; one per processor if None.
         overwrite: replace `dst` if it holds a checkpoint or an archive.
+        progress: called as the work goes on.
+        limits: caps on what is accepted from `src` and `base`.
 
     Raises:
         WrongBaseError: a base is needed and missing, or is another model.
@@ -62,7 +66,7 @@ def unpack(
     started = time.perf_counter()
     cast = output_dtype(dtype) if dtype is not None else None
     with contextlib.ExitStack() as stack:
-        archive = stack.enter_context(open_archive(src, base))
+        archive = stack.enter_context(open_archive(src, base, limits=limits))
         check_apart(Path(dst), archive.path, base if isinstance(base, str | Path) else None)
         area = stack.enter_context(Staging(Path(dst), overwrite=overwrite))
         pipeline = stack.enter_context(Pipeline(jobs))

@@ -14,6 +14,7 @@ from .checkpoint import Checkpoint
 from .digests import file_digest
 from .dtypes import Bits, Dtype, widen
 from .layout import original_layout
+from .limits import DEFAULT_LIMITS, Limits
 from .operators import Stored
 from .operators.base import Read
 from .pipeline import Pipeline
@@ -34,6 +35,7 @@ def verify(
     against: PathLike | None = None,
     jobs: int | None = None,
     progress: Progress = silent,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> VerifyReport:
     """Check every byte of an archive; with `against`, compare it with a checkpoint tensor by tensor.
 
@@ -44,6 +46,9 @@ def verify(
         base: the base it was packed against.
         against: a checkpoint (or archive) to compare with; the report then has `equal`, `differences` and the relative
             error per tensor.
+        jobs: threads; one per processor if None.
+        progress: called as the work goes on.
+        limits: caps on what is accepted from every source.
 
     Raises:
         IntegrityError, MalformedError, UnsupportedError: the archive is damaged or unknown (spec/reasons.md).
@@ -51,8 +56,8 @@ def verify(
     """
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        archive = stack.enter_context(open_archive(src, base))
-        other = stack.enter_context(open_source(against)) if against is not None else None
+        archive = stack.enter_context(open_archive(src, base, limits=limits))
+        other = stack.enter_context(open_source(against, limits=limits)) if against is not None else None
         pipeline = stack.enter_context(Pipeline(jobs))
         checker = _Checker(archive, other, pipeline, progress)
         checker.check_arrays()
@@ -61,7 +66,7 @@ def verify(
         for name, path in archive.sidecars.items():
             check_sidecar(archive, name, file_digest(path))
         check_rest_of_bases(archive, pipeline)
-        differences = _differences(archive, other, errors) if other is not None else {}
+        differences = _differences(archive, other, errors, checker.unequal) if other is not None else {}
         reports = {
             name: replace(report, rel_error=errors.get(name, report.rel_error))
             for name, report in tensor_reports(archive.manifest, archive.stored_size).items()
@@ -76,7 +81,9 @@ def verify(
             source=str(src),
             against=None if against is None else str(against),
             equal=None if other is None else not differences,
+            as_stated=None if other is None else all(_is_stated(archive, name, errors) for name in differences),
             base_checked=not archive.manifest.bases or base is not None,
+            unchecked=tuple(checker.unchecked),
             differences=differences,
         )
 
@@ -98,6 +105,8 @@ class _Checker:
         self._archive, self._other, self._pipeline, self._progress = archive, other, pipeline, progress
         self._done = 0
         self._total = archive.manifest.logical_bytes
+        self.unequal: set[str] = set()
+        self.unchecked: list[str] = []
 
     def check_arrays(self) -> None:
         """Check the digests of stored arrays that are not, as they are, a tensor whose digest is checked anyway."""
@@ -127,24 +136,28 @@ class _Checker:
         for name, tensor in self._archive.manifest.tensors.items():
             self._progress(self._done, self._total, name)
             if self._other is None and self._lacks_base(name):
+                self.unchecked.append(name)
                 continue
             rebuilder = self._archive.rebuilder(name)
             compared = self._comparable(name)
             running = hashlib.sha256()
             difference = original = 0.0
             work = partial(_rebuild_span, rebuilder, self._other if compared else None, name)
-            for _, (bits, wrong, norm) in self._pipeline.ordered(
+            for _, (bits, same, wrong, norm) in self._pipeline.ordered(
                 piece_ranges(rebuilder, self._archive.tensors[name].count), work, lambda span: 16 * (span[1] - span[0])
             ):
                 if tensor.exact:
                     running.update(bits)
                 difference, original = difference + wrong, original + norm
+                if not same:
+                    self.unequal.add(name)
                 self._done += bits.nbytes
                 self._progress(self._done, self._total, "")
             if tensor.exact:
                 check_digest(self._archive, name, "sha256:" + running.hexdigest())
             if compared:
-                errors[name] = (difference / original) ** 0.5 if original else difference**0.5
+                error = (difference / original) ** 0.5 if original else difference**0.5
+                errors[name] = error if name in self.unequal else 0.0  # a NaN equals itself here
         return errors
 
     def _lacks_base(self, name: str) -> bool:
@@ -162,26 +175,37 @@ def _read_span(read: Read, dtype: Dtype, span: tuple[int, int]) -> Bits:
 
 def _rebuild_span(
     rebuilder: Rebuilder, other: Checkpoint | None, name: str, span: tuple[int, int]
-) -> tuple[Bits, float, float]:
-    """The rebuilt bits; the squared norms of the difference to the other checkpoint and of its values (0, 0 if the bits
-    are equal).
+) -> tuple[Bits, bool, float, float]:
+    """The rebuilt bits; whether the other checkpoint has the same (-0.0 is not 0.0); the squared norms of the
+    difference to it and of its values.
     """
     bits = np.empty(span[1] - span[0], rebuilder.dtype.bits)
     rebuilder.read(*span, bits)
     if other is None:
-        return bits, 0.0, 0.0
+        return bits, True, 0.0, 0.0
     expected = np.empty_like(bits)
     other.read(name, *span, expected)
+    same = np.array_equal(bits, expected)
     if not rebuilder.dtype.is_float:
-        return bits, float(np.count_nonzero(bits != expected)), float(bits.size)
+        return bits, same, float(np.count_nonzero(bits != expected)), float(bits.size)
     wide = np.dtype("f8")
     values = widen(expected, rebuilder.dtype, wide)
     with np.errstate(invalid="ignore"):
         wrong = np.where(bits == expected, 0.0, widen(bits, rebuilder.dtype, wide) - values)
-        return bits, float(np.dot(wrong, wrong)), float(np.dot(values, values))
+        return bits, same, float(np.dot(wrong, wrong)), float(np.dot(values, values))
 
 
-def _differences(archive: Archive, other: Checkpoint, errors: dict[str, float]) -> dict[str, str]:
+def _is_stated(archive: Archive, name: str, errors: dict[str, float]) -> bool:
+    """Whether a difference is a lossy tensor's, by the error that the manifest states: to 1 %, and to rounding,
+    which may fall out otherwise on another machine (spec/arithmetic.md).
+    """
+    tensor = archive.manifest.tensors.get(name)
+    if tensor is None or tensor.rel_error is None or name not in errors:
+        return False
+    return abs(errors[name] - tensor.rel_error) <= 0.01 * tensor.rel_error + 2.0 ** -(tensor.dtype.mantissa_bits + 1)
+
+
+def _differences(archive: Archive, other: Checkpoint, errors: dict[str, float], unequal: set[str]) -> dict[str, str]:
     """What differs between an archive and a checkpoint, by name of tensor or file."""
     found: dict[str, str] = {}
     for name in sorted(archive.tensors.keys() | other.tensors.keys()):
@@ -189,8 +213,9 @@ def _differences(archive: Archive, other: Checkpoint, errors: dict[str, float]) 
         if ours != theirs:
             facts = [f"{info.dtype.name} {list(info.shape)}" if info else "no such tensor" for info in (ours, theirs)]
             found[name] = f"{facts[0]} in the archive, {facts[1]} in the checkpoint"
-        elif errors[name] != 0:
-            found[name] = f"relative error {errors[name]:.3g}"
+        elif name in unequal:
+            stated = archive.manifest.tensors[name].rel_error
+            found[name] = f"relative error {errors[name]:.3g}, {'none' if stated is None else f'{stated:.3g}'} stated"
     for name in sorted(archive.sidecars.keys() | other.sidecars.keys()):
         sidecar, path = archive.manifest.sidecars.get(name), other.sidecars.get(name)
         if sidecar is None or path is None:

@@ -14,14 +14,15 @@ import numpy.typing as npt
 
 from ..dtypes import Bits, Dtype
 from ..errors import MalformedError, UnsupportedError
-from ..limits import CHUNK_BYTES
+from ..limits import CHUNK_BYTES, MAX_INTEGER
 from ..scratch import scratch
-from ..strictjson import Fields
+from ..strictjson import Record
 from . import planes, zstd
 
 FILTERS = ("none", "planes", "float-planes")
 CODERS = ("none", "zstd")
 CHUNK_ELEMENTS = 1 << 18
+_FIELDS = Record(filter=str, coder=str, chunk=int)
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,12 @@ class Encoding:
     @classmethod
     def parse(cls, value: object, pointer: str, dtype: Dtype) -> Encoding:
         """From the manifest's JSON. Raises `MalformedError` (schema, limit) or `UnsupportedError` (encoding)."""
-        fields = Fields(value, pointer)
-        encoding = cls(fields.text("filter"), fields.text("coder"), fields.integer("chunk", 1))
-        fields.done()
+        values = _FIELDS(value, pointer)
+        if (known_encoding := _SEEN.get((dtype.name, values))) is not None:
+            return known_encoding
+        encoding = cls(*values)
+        if not 1 <= encoding.chunk <= MAX_INTEGER:
+            raise MalformedError("not a chunk size", where=pointer, found=encoding.chunk, reason="schema")
         for name, known in ((encoding.filter, FILTERS), (encoding.coder, CODERS)):
             if name not in known:
                 raise UnsupportedError(
@@ -64,6 +68,7 @@ class Encoding:
                 found=encoding.chunk,
                 reason="limit",
             )
+        _SEEN[dtype.name, values] = encoding
         return encoding
 
     def to_json(self) -> dict[str, Any]:
@@ -85,6 +90,9 @@ class Encoding:
     def table_words(self, dtype: Dtype, count: int) -> int:
         """Words that the array's rows take in the shard's chunk table."""
         return self.chunks(count) * (1 + self.planes(dtype))
+
+
+_SEEN: dict[tuple[str, tuple[str, str, int]], Encoding] = {}  # a manifest has thousands of arrays and few encodings
 
 
 def choose_chunk(shape: Sequence[int], width: int) -> int:

@@ -16,6 +16,8 @@ from .sum import Sum
 
 OPERATORS: dict[str, type[Operator]] = {kind.op: kind for kind in (Stored, Ref, Sum, Lowrank, Patch)}
 
+_PLAIN = {"op", "array"}
+
 __all__ = [
     "OPERATORS",
     "Facts",
@@ -42,6 +44,8 @@ def parse_recipe(value: object, pointer: str, depth: int = 1) -> Operator:
     """
     if depth > RECIPE_DEPTH:
         raise MalformedError(f"a recipe deeper than {RECIPE_DEPTH} nodes", where=pointer, reason="cycle")
+    if isinstance(value, dict) and value.keys() == _PLAIN and value["op"] == "stored" and type(value["array"]) is str:
+        return Stored(value["array"])  # nearly every recipe: not worth the general way
     fields = Fields(value, pointer)
     op = fields.text("op")
     kind = OPERATORS.get(op)

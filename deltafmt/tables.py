@@ -1,0 +1,392 @@
+"""What people see: a report as tables on stdout, work as a progress bar on stderr."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import singledispatch
+from typing import Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Column, Table
+from rich.text import Text
+
+from .names import escaped
+from .report import InspectReport, PackReport, Progress, Report, TensorReport, UnpackReport, VerifyReport
+
+_LISTED = 10  # of a long list
+_PIPE_WIDTH = 4096
+_PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}  # names are shown as they are
+
+_METHODS = {
+    "raw": "as it was",
+    "compressed": "compressed",
+    "ref": "the same as another tensor",
+    "base-ref": "the same as a tensor of the base",
+    "patch": "compressed difference to the base",
+    "lowrank": "low-rank factors",
+}
+_ROLES = {
+    "base": "weights stored whole",
+    "factors": "low-rank factors",
+    "residual": "differences to a prediction",
+    "layout": "headers of the original files",
+    "sidecar": "other files, as they were",
+    "manifest": "deltafmt.json",
+    "overhead": "shard headers, padding",
+}
+
+
+def size(nbytes: int) -> str:
+    """Bytes to three digits, in powers of 1000: `999 B`, `45.3 kB`, `1.25 GB`."""
+    amount, unit = float(nbytes), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if amount < 999.5 or unit == "TB":
+            break
+        amount /= 1000
+    return f"{nbytes} B" if unit == "B" else f"{amount:.{2 if amount < 9.995 else 1 if amount < 99.95 else 0}f} {unit}"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 tensor`, `2,000 tensors`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+# Progress
+
+
+@contextmanager
+def progress_bar(verb: str, *, log: bool = False) -> Iterator[Progress]:
+    """A progress bar on stderr that vanishes when the work is done; with `log`, each tensor's name stays above it."""
+    console = Console(**_PLAIN, stderr=True)
+    columns = (
+        TextColumn("{task.description}", style="bold", markup=False),
+        BarColumn(bar_width=None, table_column=Column(ratio=2, min_width=8)),
+        TaskProgressColumn("{task.percentage:>3.0f}%", markup=False),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[what]}", style="dim", markup=False, table_column=Column(ratio=2, no_wrap=True)),
+    )
+    with RichProgress(*columns, console=console, transient=True, expand=True) as bar:
+        task = bar.add_task(verb, total=None, what="")
+        room = max(12, console.width // 4)
+
+        def advance(done: int, total: int, what: str) -> None:
+            if not what:
+                bar.update(task, completed=done, total=total)
+                return
+            name = escaped(what)
+            # The end of a name tells tensors apart.
+            bar.update(task, completed=done, total=total, what=name if len(name) <= room else f"…{name[1 - room :]}")
+            if log:
+                console.print(name, style="dim", soft_wrap=True)
+
+        yield advance
+
+
+# Reports
+
+
+def show(report: Report, *, tensors: bool = False, base_name: str = "BASE") -> None:
+    """Print a report to stdout.
+
+    Args:
+        tensors: of an `InspectReport`, list every tensor.
+        base_name: what a `VerifyReport` without a base calls it.
+    """
+    parts = list(_tensor_list(report) if tensors and isinstance(report, InspectReport) else _parts(report, base_name))
+    if sys.stdout.isatty():
+        _print(Console(**_PLAIN), parts)
+        return
+    text = io.StringIO()  # no terminal: nothing is wrapped, coloured, or padded to its width
+    _print(Console(**_PLAIN, file=text, width=_PIPE_WIDTH, color_system=None), parts)
+    sys.stdout.writelines(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
+    sys.stdout.flush()
+
+
+def _print(console: Console, parts: Sequence[RenderableType]) -> None:
+    for place, part in enumerate(parts):
+        if place:
+            console.print()
+        console.print(part)
+
+
+@singledispatch
+def _parts(report: Report, base_name: str) -> Iterator[RenderableType]:
+    raise TypeError(f"no tables for {type(report).__name__}")
+
+
+@_parts.register
+def _(report: PackReport, base_name: str) -> Iterator[RenderableType]:
+    facts = [
+        ("input", f"{size(report.logical_bytes)}  {_shown(report.source)}"),
+        ("archive", f"{size(report.stored_bytes)}  {_shown(report.destination)}"),
+        ("ratio", _ratio_in_words(report)),
+        ("values", _fidelity(report)),
+        ("base", _shown(report.base) if report.base else ""),
+        ("time", _time(report.logical_bytes, report.seconds)),
+    ]
+    yield _facts(facts)
+    yield from _method_table(report.tensors)
+    yield _role_table(report.roles)
+    yield from _worst(report.tensors)
+    if report.dry_run:
+        yield Text("Dry run: nothing was written.", style="bold yellow")
+
+
+@_parts.register
+def _(report: UnpackReport, base_name: str) -> Iterator[RenderableType]:
+    is_cast = not report.exact and not report.max_rel_error
+    yield _facts(
+        [
+            ("archive", f"{size(report.stored_bytes)}  {_shown(report.source)}"),
+            ("output", f"{size(report.logical_bytes)}  {_shown(report.destination)}"),
+            ("files", _listed(report.files)),
+            ("values", "cast to another dtype" if is_cast else _fidelity(report, checked=True)),
+            ("time", _time(report.logical_bytes, report.seconds)),
+        ]
+    )
+
+
+@_parts.register
+def _(report: InspectReport, base_name: str) -> Iterator[RenderableType]:
+    shards = count(report.shards, "shard")
+    facts = [
+        ("archive", f"{size(report.stored_bytes)}  {_shown(report.source)}"),
+        ("holds", f"{size(report.logical_bytes)}  {count(len(report.tensors), 'tensor')}"),
+        ("ratio", _ratio_in_words(report)),
+        ("values", _fidelity(report)),
+        ("format", f"deltafmt {report.version}, {shards}{_producer(report)}"),
+    ]
+    for name, base in report.bases.items():
+        revision = f"@{base['revision']}" if base["revision"] else ""
+        known = f"{base['repo']}{revision}" if base["repo"] else f"BASE, {count(base['tensors'], 'tensor')}"
+        facts += [("base", f"pass --base {_shown(known)}"), ("", f"{name}: {base['digest']}")]
+    yield _facts([*facts, ("files", _listed(report.files))])
+    yield _role_table(report.roles)
+    yield from _method_table(report.tensors)
+    yield from _rank_table(report.ranks)
+    yield from _sharing_table(report)
+    yield from _worst(report.tensors)
+
+
+@_parts.register
+def _(report: VerifyReport, base_name: str) -> Iterator[RenderableType]:
+    tensors = count(len(report.tensors), "tensor")
+    rebuilt = f"{tensors} rebuilt, {_fidelity(report, checked=True)}"
+    table = Table.grid(
+        Column(no_wrap=True), Column(style="cyan", no_wrap=True), Column(overflow="fold"), padding=(0, 2)
+    )
+    ok = Text("OK", style="bold green")
+    table.add_row(
+        ok, "archive", f"{_shown(report.source)}: every stored byte is as it was ({size(report.stored_bytes)})"
+    )
+    if report.unchecked:
+        rebuilt = f"{len(report.tensors) - len(report.unchecked):,} of {rebuilt}"
+    if len(report.unchecked) < len(report.tensors):
+        table.add_row(ok, "tensors", rebuilt)
+    if not report.base_checked:
+        missing = f"{count(len(report.unchecked), 'tensor')} could not be rebuilt without the base: pass --base"
+        table.add_row(Text("NOT CHECKED", style="bold yellow"), "base", f"{missing} {_shown(base_name)}")
+    if report.against is not None:
+        against = _shown(report.against)
+        if report.equal:
+            table.add_row(ok, "against", f"{against}: every tensor and file is the same, bit for bit")
+        elif report.as_stated:
+            told = f"{count(len(report.differences), 'tensor')} off by the error that the archive states"
+            table.add_row(ok, "against", f"{against}: {told}, all else is the same")
+        else:
+            told = count(len(report.differences), "difference")
+            table.add_row(Text("DIFFERENT", style="bold red"), "against", f"{against}: {told}")
+    yield table
+    if report.differences:
+        yield _difference_table(report)
+
+
+# Their parts
+
+
+def _facts(rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, fact in rows:
+        if fact:
+            table.add_row(name, fact)
+    return table
+
+
+def _table(*columns: Column) -> Table:
+    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False, caption_justify="left")
+
+
+def _number(header: str) -> Column:
+    return Column(header, justify="right", no_wrap=True)
+
+
+def _name(header: str = "tensor") -> Column:
+    return Column(header, overflow="fold", style="cyan")
+
+
+def _method_table(tensors: dict[str, TensorReport]) -> Iterator[Table]:
+    if not tensors:
+        return
+    groups: dict[str, list[TensorReport]] = defaultdict(list)
+    for tensor in tensors.values():
+        groups[tensor.method].append(tensor)
+    table = _table(
+        Column("method", style="cyan"),
+        _number("tensors"),
+        _number("input"),
+        _number("stored"),
+        _number("ratio"),
+        Column(""),
+    )
+    for method, group in sorted(groups.items(), key=lambda item: -sum(tensor.logical_bytes for tensor in item[1])):
+        table.add_row(method, *_totals(group), Text(_METHODS.get(method, ""), style="dim"))
+    if len(groups) > 1:
+        table.add_section()
+        table.add_row("all", *_totals(list(tensors.values())), "", style="bold")
+    yield table
+
+
+def _totals(group: Sequence[TensorReport]) -> tuple[str, str, str, str]:
+    logical, stored = sum(tensor.logical_bytes for tensor in group), sum(tensor.stored_bytes for tensor in group)
+    return f"{len(group):,}", size(logical), size(stored), _ratio(stored, logical)
+
+
+def _role_table(roles: dict[str, int]) -> Table:
+    total = sum(roles.values())
+    table = _table(Column("role", style="cyan"), _number("stored"), _number("share"), Column(""))
+    for role, nbytes in sorted(roles.items(), key=lambda item: -item[1]):
+        if nbytes:
+            share = f"{100 * nbytes / total:.1f} %"
+            table.add_row(role, size(nbytes), share, Text(_ROLES.get(role, ""), style="dim"))
+    return table
+
+
+def _rank_table(ranks: dict[str, int]) -> Iterator[Table]:
+    if not ranks:
+        return
+    table = _table(_number("rank"), _number("tensors"))
+    found = Counter(ranks.values()).most_common()
+    for rank, tensors in sorted(found[:_LISTED]):
+        table.add_row(str(rank), f"{tensors:,}")
+    if len(found) > _LISTED:
+        low, middle, high = min(ranks.values()), statistics.median_low(ranks.values()), max(ranks.values())
+        table.caption = f"and {len(found) - _LISTED} other ranks, from {low} to {high}, median {middle}"
+    yield table
+
+
+def _sharing_table(report: InspectReport) -> Iterator[RenderableType]:
+    within = {name: to for name, to in report.sharing.items() if to in report.tensors}
+    if not within:
+        return
+    table = _table(_name(), Column("shares with", overflow="fold"), Column("by", style="dim"))
+    for name, to in list(within.items())[:_LISTED]:
+        table.add_row(escaped(name), escaped(to), report.tensors[name].method)
+    if len(within) > _LISTED:
+        table.caption = f"and {len(within) - _LISTED:,} more: --tensors lists them"
+    yield table
+
+
+def _worst(tensors: dict[str, TensorReport]) -> Iterator[Table]:
+    """The lossy tensors with the largest errors."""
+    lossy = sorted((item for item in tensors.items() if item[1].rel_error), key=lambda item: -(item[1].rel_error or 0))
+    if not lossy:
+        return
+    table = _table(_name("largest errors"), _number("rank"), _number("error"), _number("ratio"))
+    for name, tensor in lossy[:_LISTED]:
+        ratio = _ratio(tensor.stored_bytes, tensor.logical_bytes)
+        table.add_row(escaped(name), _or_blank(tensor.rank), _error(tensor.rel_error), ratio)
+    if len(lossy) > _LISTED:
+        table.caption = f"and {len(lossy) - _LISTED:,} more with smaller errors"
+    yield table
+
+
+def _difference_table(report: VerifyReport) -> Table:
+    def badness(item: tuple[str, str]) -> float:
+        """Another shape or file comes before any error, and an error that is no number as well."""
+        tensor = report.tensors.get(item[0])
+        error = tensor.rel_error if tensor is not None and "relative error" in item[1] else None
+        return -error if error is not None and error == error else float("-inf")
+
+    table = _table(_name("tensor or file"), Column("difference", overflow="fold"))
+    for name, difference in sorted(report.differences.items(), key=badness)[:_LISTED]:
+        table.add_row(escaped(name), difference)
+    if len(report.differences) > _LISTED:
+        table.caption = f"and {len(report.differences) - _LISTED:,} more: --json lists all"
+    return table
+
+
+def _tensor_list(report: InspectReport) -> Iterator[Table]:
+    lossy = any(tensor.rank is not None or tensor.rel_error for tensor in report.tensors.values())
+    numbers = [_number("input"), _number("stored"), _number("ratio")]
+    columns = [_name(), Column("dtype"), Column("shape", no_wrap=True), Column("method"), *numbers]
+    columns += [_number("rank"), _number("error")] if lossy else []
+    columns += [Column("refers to", overflow="fold", style="dim")] if report.sharing else []
+    table = _table(*columns)
+    for name, tensor in report.tensors.items():
+        row = [escaped(name), tensor.dtype, " x ".join(map(str, tensor.shape)) or "scalar", tensor.method]
+        row += _totals([tensor])[1:]
+        row += [_or_blank(tensor.rank), _error(tensor.rel_error)] if lossy else []
+        row += [escaped(report.sharing.get(name, ""))] if report.sharing else []
+        table.add_row(*row)
+    yield table
+
+
+def _shown(text: str) -> str:
+    return escaped(text)
+
+
+def _ratio(stored: int, logical: int) -> str:
+    return f"{stored / logical:.3f}" if logical else ""
+
+
+def _ratio_in_words(report: Report) -> str:
+    percent = 100 * (1 - report.ratio)
+    return f"{report.ratio:.3f}  {abs(percent):.1f} % {'saved' if percent >= 0 else 'larger than the input'}"
+
+
+def _fidelity(report: Report, *, checked: bool = False) -> str:
+    if report.exact:
+        return f"exact: every tensor {'is' if checked else 'comes back'} equal to the original, bit for bit"
+    return f"approximate: relative error at most {report.max_rel_error:.3g}"
+
+
+def _time(nbytes: int, seconds: float) -> str:
+    speed = f", {size(round(nbytes / seconds))}/s" if seconds > 0 else ""
+    return f"{seconds:.1f} s{speed}" if seconds < 120 else f"{seconds / 60:.1f} min{speed}"
+
+
+def _producer(report: InspectReport) -> str:
+    producer = report.annotations.get("producer")
+    return f", written by {_shown(producer)}" if isinstance(producer, str) else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = f"{len(names):,}: " + ", ".join(escaped(name) for name in names[:_LISTED])
+    return shown + (f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else "")
+
+
+def _or_blank(number: int | None) -> str:
+    return "" if number is None else str(number)
+
+
+def _error(error: float | None) -> str:
+    return "" if error is None else "0" if error == 0 else f"{error:.2e}"
