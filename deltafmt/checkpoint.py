@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from typing import TypeVar
 import numpy as np
 
 from .dtypes import Bits, Dtype, Shape
+from .scratch import scratch
 
+_PIECE_ELEMENTS = 1 << 20
 _Self = TypeVar("_Self", bound="Checkpoint")
 
 
@@ -74,6 +77,19 @@ class Checkpoint(ABC):
         out = np.empty(info.count, info.dtype.bits)
         self.read(name, 0, out.size, out)
         return out
+
+    def digest(self, name: str) -> str:
+        """The `sha256:` digest of a tensor's bytes; read, where it is not known."""
+        if (known := self.known_digest(name)) is not None:
+            return known
+        running = hashlib.sha256()
+        info = self.tensors[name]
+        for lo in range(0, info.count, _PIECE_ELEMENTS):
+            hi = min(lo + _PIECE_ELEMENTS, info.count)
+            piece = scratch("digest", info.dtype.bits, hi - lo)
+            self.read(name, lo, hi, piece)
+            running.update(piece)
+        return "sha256:" + running.hexdigest()
 
     def close(self) -> None:  # noqa: B027 - nothing to close by default
         pass

@@ -103,7 +103,7 @@ class Settings:
             from .tables import progress_bar
 
             return progress_bar(verb, log=self.verbose)
-        return nullcontext(_told if self.verbose and not self.quiet else silent)
+        return nullcontext(_log() if self.verbose and not self.quiet else silent)
 
     def show(self, report: Report, **options: Any) -> None:
         """Print a report: one JSON object, or tables."""
@@ -115,9 +115,17 @@ class Settings:
             show(report, **options)
 
 
-def _told(done: int, total: int, what: str) -> None:
-    if what:
-        click.echo(f"deltafmt: {_printable(what)}", err=True)
+def _log() -> Progress:
+    """Progress as lines on stderr, one for each thing that is worked on."""
+    last = ""
+
+    def tell(done: int, total: int, what: str) -> None:
+        nonlocal last
+        if what and what != last:
+            click.echo(f"deltafmt: {_printable(what)}", err=True)
+            last = what
+
+    return tell
 
 
 def _flag(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
@@ -446,7 +454,7 @@ def _explained(error: Exception) -> DeltafmtError:
     if isinstance(error, OSError):
         return AccessError(error.strerror or str(error), where=str(error.filename or ""))
     if isinstance(error, MemoryError):
-        return AccessError("not enough memory", hint="Fewer threads need less: --jobs 1")
+        return AccessError("not enough memory", hint="Fewer threads need less: pack and unpack take --jobs 1")
     return DeltafmtError(
         f"unexpected {type(error).__name__}: {error}",
         hint="This is a bug in deltafmt. Please report it, with what --verbose adds",

@@ -35,9 +35,12 @@ def file_digest(path: Path) -> str:
     return "sha256:" + running.hexdigest()
 
 
-def checksum(data: Any) -> int:
-    """XXH64, seed 0, of a bytes-like object."""
-    return xxhash.xxh64_intdigest(data)
+def checksum(*parts: Any) -> int:
+    """XXH64, seed 0, of bytes-like objects one after another."""
+    running = xxhash.xxh64()
+    for part in parts:
+        running.update(part)
+    return running.intdigest()
 
 
 def model_digest(tensors: Mapping[str, tuple[str, Shape, str]]) -> str:

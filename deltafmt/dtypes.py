@@ -98,7 +98,8 @@ def round_to(values: npt.NDArray[Any], target: Dtype, out: Bits | None = None) -
     if out is None:
         out = np.empty(values.shape, target.bits)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        np.copyto(out.view(target.values), values, casting="unsafe")
+        source = _round_to_odd(values) if target.name == "BF16" and values.dtype == np.float64 else values
+        np.copyto(out.view(target.values), source, casting="unsafe")
         has_nan = values.size > 0 and bool(np.isnan(values.min()))  # a NaN is the minimum of whatever it is in
     if has_nan:
         nan = np.isnan(values)
@@ -106,6 +107,17 @@ def round_to(values: npt.NDArray[Any], target: Dtype, out: Bits | None = None) -
         sign = target.bits.type(1 << (8 * target.width - 1))
         out[nan] = np.where(np.signbit(values[nan]), quiet | sign, quiet & ~sign)
     return out
+
+
+def _round_to_odd(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """float64 as float32 that rounds to bf16 as the float64 would: inexact values go to the odd neighbour, which is no
+    tie (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008). `ml_dtypes` rounds twice.
+    """
+    near = values.astype(np.float32)
+    bits = near.view(np.uint32)
+    even = (near != values) & ((bits & 1) == 0)
+    bits += np.where(even, np.where(np.abs(near) > np.abs(values), np.uint32(0xFFFFFFFF), np.uint32(1)), np.uint32(0))
+    return near
 
 
 def widen(bits: Bits, source: Dtype, accumulator: np.dtype[Any]) -> npt.NDArray[Any]:

@@ -168,13 +168,18 @@ class Staging:
             if os.path.lexists(self.destination):
                 replaced = self.path.with_name(f"{self.path.name}-replaced")
                 os.rename(self.destination, replaced)
-            os.rename(self.path, self.destination)
+            try:
+                os.rename(self.path, self.destination)
+            except OSError:
+                if replaced is not None:
+                    os.rename(replaced, self.destination)
+                raise
+            self._made.clear()
             _sync_directory(self.destination.parent)
+            if replaced is not None:
+                shutil.rmtree(replaced, ignore_errors=True)
         except OSError as error:
             raise _failed(self.destination, error) from error
-        self._made.clear()
-        if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -398,8 +398,10 @@ def _check_file_names(manifest: Manifest, where: str) -> None:
     if manifest.checkpoint.index:
         originals.append(manifest.checkpoint.index[0])
     restored = [*originals, *manifest.sidecars]
-    for name in restored:
+    for name in originals:
         names.check_sidecar_name(name, where)
+    for name in manifest.sidecars:
+        names.check_kept_name(name, where)
     names.check_no_clash(restored, where)
     names.check_no_clash([*(shard.name for shard in manifest.shards), *manifest.sidecars], where)
 

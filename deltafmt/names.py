@@ -9,6 +9,7 @@ from .errors import MalformedError
 from .limits import COMPONENT_BYTES, NAME_BYTES
 
 MANIFEST = "deltafmt.json"
+MISLEADING = ("model.safetensors", "model.safetensors.index.json")
 CHUNK_TABLE = "deltafmt.chunks"
 SHARD_PATTERN = re.compile(r"deltafmt-.*\.safetensors", re.DOTALL)
 BASE_ID = re.compile(r"[a-z0-9_-]{1,64}")
@@ -48,11 +49,18 @@ def check_file_name(name: str, where: str) -> str:
 
 
 def check_sidecar_name(name: str, where: str) -> str:
-    """Check the name of a sidecar or an original weight file. Raises `MalformedError` (reason `name`)."""
+    """Check the name of an original file, weights or not. Raises `MalformedError` (reason `name`)."""
     check_file_name(name, where)
     if name == MANIFEST or is_shard_name(name):
         raise _refused(name, where, "is reserved for deltafmt itself")
     return name
+
+
+def check_kept_name(name: str, where: str) -> str:
+    """Check the name of a sidecar in an archive, where other tools must find no weights. Raises `MalformedError`."""
+    if name in MISLEADING:
+        raise _refused(name, where, "would make other tools load an archive wrongly")
+    return check_sidecar_name(name, where)
 
 
 def check_shard_name(name: str, where: str) -> str:

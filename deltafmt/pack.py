@@ -7,12 +7,12 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint, TensorInfo
 from .digests import digest
+from .dtypes import Bits
 from .durable import DryRun, Staging
 from .errors import UsageError
 from .limits import DEFAULT_LIMITS, Limits
@@ -22,10 +22,11 @@ from .methods.lowrank import Factored, LowrankMethod, Request
 from .methods.sharing import Parts
 from .operators import Patch, Ref, Stored
 from .operators.patch import predicts
-from .pipeline import Pipeline
+from .pipeline import IN_FLIGHT_BYTES, Pipeline
 from .report import PackReport, Progress, silent
 from .roles import role_bytes, tensor_reports
-from .sources import BASE_ID, PathLike, check_apart, check_lossless, open_source
+from .scratch import BufferPool
+from .sources import BASE_ID, PathLike, check_apart, check_lossless, open_source, provenance
 from .version import __version__
 from .writer import SHARD_BYTES, ArchiveWriter
 
@@ -107,9 +108,9 @@ def pack(
         area = stack.enter_context((DryRun if dry_run else Staging)(Path(dst), overwrite=overwrite))
         pipeline = stack.enter_context(Pipeline(jobs))
         packer = _Packer(checkpoint, reference, pipeline, area, progress, shard_bytes)
-        if reference is not None:
+        if base is not None and reference is not None:
             check_lossless(reference)
-            packer.identify_base(str(base))
+            packer.identify_base(*provenance(base))
         if request is not None:
             packer.plan(request)
         manifest = packer.run()
@@ -138,6 +139,7 @@ class _Prepared:
     """A tensor read and looked at: its digest, and how it is to be stored unless it turns out to be a copy."""
 
     digest: str
+    bits: Bits
     coding: Coding | None = None
     factored: Factored | None = None
 
@@ -159,25 +161,25 @@ class _Packer:
         self._bases: dict[str, Base] = {}
         self._copies: dict[tuple[str, tuple[int, ...], str], Ref] = {}
         self._lowrank: LowrankMethod | None = None
+        self._buffers = BufferPool(IN_FLIGHT_BYTES)
         self._progress = progress
         self._done = 0
         self._total = sum(info.nbytes for info in checkpoint.tensors.values())
 
     # The base
 
-    def identify_base(self, name: str) -> None:
+    def identify_base(self, repo: str, revision: str | None) -> None:
         """Digest every tensor of the base; they are what it is known by from now on."""
         reference = self._reference
         assert reference is not None
         tensors: dict[str, BaseTensor] = {}
-        work = partial(_known_or_computed, reference)
         for (tensor, info), found in self._pipeline.ordered(
-            reference.tensors.items(), work, lambda item: item[1].nbytes
+            reference.tensors.items(), lambda item: reference.digest(item[0]), lambda _: 1 << 20
         ):
             tensors[tensor] = BaseTensor(info.dtype, info.shape, found)
             self._copies.setdefault((info.dtype.name, info.shape, found), Ref(tensor, BASE_ID))
             self._progress(0, self._total, "reading the base")
-        self._bases[BASE_ID] = Base(tensors, repo=name)
+        self._bases[BASE_ID] = Base(tensors, repo, revision)
 
     # Methods
 
@@ -188,20 +190,32 @@ class _Packer:
 
     def _prepare(self, item: tuple[str, TensorInfo]) -> _Prepared:
         name, info = item
-        bits = self._checkpoint.read_whole(name)
+        bits = self._read(self._checkpoint, name)
         found = digest(bits)
         if self._lowrank is not None and (factored := self._lowrank.factor(name, bits)) is not None:
-            return _Prepared(found, factored=factored)
+            return _Prepared(found, bits, factored=factored)
         if (info.dtype.name, info.shape, found) in self._copies:
-            return _Prepared(found)
-        return _Prepared(found, coding=choose(info.dtype, info.shape, bits, self._prediction(name, info)))
+            return _Prepared(found, bits)
+        return _Prepared(found, bits, choose(info.dtype, info.shape, bits, self._prediction(name, info)))
+
+    def _read(self, checkpoint: Checkpoint, name: str) -> Bits:
+        """A whole tensor in a buffer of the pool; `_release` gives it back."""
+        info = checkpoint.tensors[name]
+        bits = self._buffers.take(info.dtype.bits, info.count)
+        checkpoint.read(name, 0, info.count, bits)
+        return bits
+
+    def _release(self, prepared: _Prepared) -> None:
+        self._buffers.give(prepared.bits)
+        if prepared.coding is not None and prepared.coding.prediction is not None:
+            self._buffers.give(prepared.coding.prediction.bits)
 
     def _prediction(self, name: str, info: TensorInfo) -> Prediction | None:
         if self._reference is None or (like := self._reference.tensors.get(name)) is None:
             return None
         if like.shape != info.shape or not predicts(like.dtype, info.dtype) or not info.count:
             return None
-        return Prediction(Ref(name, BASE_ID), like.dtype, self._reference.read_whole(name))
+        return Prediction(Ref(name, BASE_ID), like.dtype, self._read(self._reference, name))
 
     def _weight(self, item: tuple[str, TensorInfo]) -> int:
         name, info = item
@@ -218,7 +232,7 @@ class _Packer:
             self._progress(self._done, self._total, name)
             self._writer.tensors[name] = self._store(name, info, prepared)
             self._done += info.nbytes
-            del prepared
+            self._release(prepared)
         for sidecar, path in self._checkpoint.sidecars.items():
             self._writer.add_sidecar(sidecar, path)
         layout = self._writer.add_layout(self._checkpoint)
@@ -274,7 +288,3 @@ class _Packer:
             + sum(shard.size for shard in manifest.shards)
             + sum(sidecar.size for sidecar in manifest.sidecars.values())
         )
-
-
-def _known_or_computed(checkpoint: Checkpoint, item: tuple[str, TensorInfo]) -> str:
-    return checkpoint.known_digest(item[0]) or digest(checkpoint.read_whole(item[0]))

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .dtypes import Bits, Dtype, round_to
@@ -12,6 +14,7 @@ from .operators import Operator, Scope, Source, Target
 from .scratch import scratch
 
 _BLOCK_ELEMENTS = 1 << 20
+_SILENT: dict[str, Any] = {"over": "ignore", "under": "ignore", "invalid": "ignore"}  # infinities and NaN are values
 
 
 class Rebuilder:
@@ -41,7 +44,8 @@ class Rebuilder:
         for begin in range(lo, hi, step):
             end = min(begin + step, hi)
             wide = scratch(self._accumulator, self.target.accumulator, end - begin)
-            self._value.accumulate(begin, end, wide, first=True)
+            with np.errstate(**_SILENT):
+                self._value.accumulate(begin, end, wide, first=True)
             round_to(wide, self.dtype, out[begin - lo : end - lo])
 
     def reference(self, lo: int, hi: int) -> Bits:
@@ -50,4 +54,5 @@ class Rebuilder:
             out = np.empty(hi - lo, self.dtype.bits)
             self._value.bits(lo, hi, out)
             return out
-        return round_to(self._value.reference(lo, hi, self.target.accumulator), self.dtype)
+        with np.errstate(**_SILENT):
+            return round_to(self._value.reference(lo, hi, self.target.accumulator), self.dtype)

@@ -48,7 +48,7 @@ def parse_header(header: bytes, where: str, limits: Limits = DEFAULT_LIMITS) -> 
         entries = []
         name = ""
         for name, item in document.items():
-            entries.append((name, _parse_entry(item, where)))
+            entries.append((name, _parse_entry(item, where, limits)))
         entries.sort(key=_position)
     except MalformedError as error:
         if error.reason != "limit":
@@ -76,9 +76,10 @@ def _position(item: tuple[str, Entry]) -> tuple[int, int]:
 _ENTRY = Record(dtype=str, shape=list, data_offsets=list)
 
 
-def _parse_entry(item: object, where: str) -> Entry:
+def _parse_entry(item: object, where: str, limits: Limits) -> Entry:
     kind_name, shape, offsets = _ENTRY(item, where)
     kind = dtype(kind_name, where)
+    limits.check("dimensions", len(shape), where)  # before their product is taken
     for number in (*shape, *offsets):
         if type(number) is not int or not 0 <= number <= MAX_INTEGER:
             raise MalformedError("not a size", where=where, found=repr(number)[:40])

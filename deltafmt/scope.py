@@ -74,7 +74,7 @@ class ManifestScope:
                     if factor is not None and factor.shape:
                         limits.check("rank", factor.shape[0], f"tensor '{escaped(name)}'")
             self._check_recipe(name)
-            self._depth(name, depths, [])
+            self._depth(name, depths, [], 0)
         for array in self._manifest.arrays:
             if array not in used:
                 raise MalformedError(
@@ -117,18 +117,18 @@ class ManifestScope:
         if tensor.exact and not facts.exact:
             raise MalformedError("a digest on a recipe that is not exact", where=pointer, reason="coverage")
 
-    def _depth(self, name: str, known: dict[str, int], path: list[str]) -> int:
-        """Nodes on the longest way down from a tensor, through references."""
+    def _depth(self, name: str, known: dict[str, int], path: list[str], above: int) -> int:
+        """Nodes on the longest way down from a tensor, through references; `above` counts those on the way to it."""
         if name in path:
             cycle = " -> ".join(escaped(step) for step in [*path[path.index(name) :], name])
             raise MalformedError(f"references form a cycle: {cycle}", where="/tensors", reason="cycle")
-        if len(path) > RECIPE_DEPTH:
+        if above > RECIPE_DEPTH:
             raise MalformedError(
                 f"references deeper than {RECIPE_DEPTH}", where=f"/tensors/{escaped(path[0])}", reason="cycle"
             )
         if name not in known:
             path.append(name)
-            known[name] = self._node_depth(self._manifest.tensors[name].recipe, known, path)
+            known[name] = self._node_depth(self._manifest.tensors[name].recipe, known, path, above + 1)
             path.pop()
         if known[name] > RECIPE_DEPTH:
             raise MalformedError(
@@ -136,10 +136,10 @@ class ManifestScope:
             )
         return known[name]
 
-    def _node_depth(self, node: Operator, known: dict[str, int], path: list[str]) -> int:
-        below = [self._node_depth(operand, known, path) for operand in node.operands()]
+    def _node_depth(self, node: Operator, known: dict[str, int], path: list[str], level: int) -> int:
+        below = [self._node_depth(operand, known, path, level + 1) for operand in node.operands()]
         if isinstance(node, Ref) and node.base is None and node.tensor in self._manifest.tensors:
-            below.append(self._depth(node.tensor, known, path))
+            below.append(self._depth(node.tensor, known, path, level))
         return 1 + max(below, default=0)
 
     def _check_checkpoint(self) -> None:

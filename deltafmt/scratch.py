@@ -25,3 +25,34 @@ def scratch(purpose: str, dtype: npt.DTypeLike, count: int) -> npt.NDArray[Any]:
     if buffer is None or buffer.nbytes < size:
         buffer = _SCRATCH.buffers[purpose] = np.empty(size, np.uint8)
     return buffer[:size].view(kind)
+
+
+class BufferPool:
+    """Large buffers that pass from thread to thread: taken, filled, given back. Keeps at most `keep` bytes at rest."""
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._resting: list[npt.NDArray[np.uint8]] = []
+
+    def take(self, dtype: npt.DTypeLike, count: int) -> npt.NDArray[Any]:
+        """A flat array of `count` elements with whatever content."""
+        kind = np.dtype(dtype)
+        size = count * kind.itemsize
+        with self._lock:
+            fitting = [buffer for buffer in self._resting if size <= buffer.nbytes <= 4 * size]
+            if fitting:
+                buffer = min(fitting, key=lambda each: each.nbytes)
+                self._resting = [each for each in self._resting if each is not buffer]
+                return buffer[:size].view(kind)
+        return np.empty(size, np.uint8)[:size].view(kind)
+
+    def give(self, taken: npt.NDArray[Any]) -> None:
+        """Give an array back; nobody may use it afterwards."""
+        buffer = taken.base
+        assert isinstance(buffer, np.ndarray)
+        with self._lock:
+            self._resting.append(buffer)
+            self._resting.sort(key=lambda each: each.nbytes)
+            while sum(each.nbytes for each in self._resting) > self._keep:
+                self._resting.pop()

@@ -241,13 +241,10 @@ class ShardWriter:
         """
         begin, table = self.stored_bytes, len(self._words)
         for planes in chunks:
-            stored = planes[0] if len(planes) == 1 else b"".join(planes)
-            self._file.append(stored)
-            position = self.stored_bytes - begin - memoryview(stored).nbytes
-            self._words.append(checksum(stored))
+            self._words.append(checksum(*planes))
             for plane in planes:
-                position += memoryview(plane).nbytes
-                self._words.append(position)
+                self._file.append(plane)
+                self._words.append(self.stored_bytes - begin)
         end = self.stored_bytes
         natural = (dtype.name, list(shape)) if encoding.is_raw else ("U8", [end - begin])
         self._entries[name] = {"dtype": natural[0], "shape": natural[1], "data_offsets": [begin, end]}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
 from . import hf, hub
 from .checkpoint import Checkpoint
-from .errors import AccessError, DestinationError, MalformedError, UsageError
+from .errors import AccessError, DestinationError, MalformedError, MissingExtraError, UsageError
 from .limits import DEFAULT_LIMITS, Limits
 from .reader import Archive, is_archive
 
@@ -64,24 +65,45 @@ BASE_ID = "base"
 
 
 def local_path(source: PathLike, *, missing_is_malformed: bool = False) -> Path:
-    """The local path of a source, downloaded first if it is a Hub id."""
+    """The local path of a source, downloaded first if it is a Hub id.
+
+    What exists is a path. `org/name` is a Hub id unless there is a directory `org`; a bare `name` is one if the Hub
+    can be asked at all.
+    """
     path = Path(source)
     if path.exists():
         return path
     text = os.fspath(source)
-    if (
-        not path.is_symlink()
-        and hub.looks_like_repo_id(text)
-        and not text.startswith((".", "/"))
-        and not path.parent.is_dir()
-    ):
-        repo, _, revision = text.partition("@")
-        return hub.download(repo, revision=revision or None)[0]
+    if hub.looks_like_repo_id(text) and ("/" not in text or not path.parent.is_dir()):
+        try:
+            return _downloaded(text)
+        except MissingExtraError:
+            if "/" in text:
+                raise
     if missing_is_malformed:
         raise MalformedError(
             f"'{text}' does not exist", hint="Name the directory that holds deltafmt.json", reason="not-an-archive"
         )
     raise AccessError(f"'{text}' does not exist", hint="Name a directory, a weight file, or a Hub id (org/name)")
+
+
+def _downloaded(text: str) -> Path:
+    repo, revision = hub.split_repo_id(text)
+    return hub.download(repo, revision=revision)[0]
+
+
+def provenance(source: PathLike) -> tuple[str, str | None]:
+    """Where a base can be looked for: Hub id and commit if it is from the Hub, else the name of its directory or file.
+
+    Nothing else of a local path is told: archives are made to be shared.
+    """
+    path = Path(os.path.abspath(local_path(source)))
+    if (cached := _HUB_CACHE.search(path.as_posix())) is not None:
+        return cached[1].replace("--", "/"), cached[2]
+    return path.name, None
+
+
+_HUB_CACHE = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$")
 
 
 def check_apart(destination: Path, *sources: PathLike | Checkpoint | None) -> None:

@@ -112,8 +112,8 @@ def canonical(value: Any) -> bytes:
 class Record:
     """Objects with a fixed set of keys, each with one Python type: `Record(name=str, size=int)`.
 
-    Called with a value and its JSON pointer, gives the values in the order of the keys. Manifests hold thousands of such
-    objects; this reads one in a microsecond. Raises `MalformedError` (reason `schema`).
+    Called with a value and its JSON pointer, gives the values in the order of the keys. Manifests hold thousands of
+    such objects; this reads one in a microsecond. Raises `MalformedError` (reason `schema`).
     """
 
     def __init__(self, **kinds: type) -> None:

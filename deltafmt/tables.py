@@ -85,14 +85,17 @@ def progress_bar(verb: str, *, log: bool = False) -> Iterator[Progress]:
     with RichProgress(*columns, console=console, transient=True, expand=True) as bar:
         task = bar.add_task(verb, total=None, what="")
         room = max(12, console.width // 4)
+        last = ""
 
         def advance(done: int, total: int, what: str) -> None:
-            if not what:
-                bar.update(task, completed=done, total=total)
+            nonlocal last
+            bar.update(task, completed=done, total=total)
+            if not what or what == last:
                 return
+            last = what
             name = escaped(what)
-            # The end of a name tells tensors apart.
-            bar.update(task, completed=done, total=total, what=name if len(name) <= room else f"…{name[1 - room :]}")
+            # Tensors are told apart by how their names end.
+            bar.update(task, what=name if len(name) <= room else f"…{name[1 - room :]}")
             if log:
                 console.print(name, style="dim", soft_wrap=True)
 
@@ -232,7 +235,9 @@ def _facts(rows: Iterable[tuple[str, str]]) -> Table:
 
 
 def _table(*columns: Column) -> Table:
-    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False, caption_justify="left")
+    return Table(
+        *columns, box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False, caption_justify="left"
+    )
 
 
 def _number(header: str) -> Column:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +18,12 @@ from .errors import IntegrityError
 from .layout import OutputFile, new_layout, original_layout, output_dtype
 from .limits import DEFAULT_LIMITS, Limits
 from .names import escaped
-from .pipeline import Pipeline
+from .pipeline import IN_FLIGHT_BYTES, Pipeline
 from .reader import Archive
 from .rebuild import Rebuilder
 from .report import Progress, UnpackReport, silent
 from .roles import tensor_reports
+from .scratch import BufferPool
 from .sources import Bases, PathLike, check_apart, open_archive
 from .writer import copied
 
@@ -67,7 +68,7 @@ def unpack(
     cast = output_dtype(dtype) if dtype is not None else None
     with contextlib.ExitStack() as stack:
         archive = stack.enter_context(open_archive(src, base, limits=limits))
-        check_apart(Path(dst), archive.path, base if isinstance(base, str | Path) else None)
+        check_apart(Path(dst), archive.path, *(base.values() if isinstance(base, Mapping) else [base]))
         area = stack.enter_context(Staging(Path(dst), overwrite=overwrite))
         pipeline = stack.enter_context(Pipeline(jobs))
         plain = cast is None and max_shard_size is None
@@ -118,7 +119,7 @@ def check_sidecar(archive: Archive, name: str, found: str) -> None:
 class _Unpacker:
     def __init__(self, archive: Archive, pipeline: Pipeline, progress: Progress) -> None:
         self._archive, self._pipeline, self._progress = archive, pipeline, progress
-        self._buffers: list[Bits] = []
+        self._buffers = BufferPool(IN_FLIGHT_BYTES)
         self._done = 0
         self._total = archive.manifest.logical_bytes
 
@@ -151,11 +152,11 @@ class _Unpacker:
             lambda span: 8 * (span[1] - span[0]),
         ):
             yield piece
-            self._buffers.append(piece.base if piece.base is not None else piece)
+            self._buffers.give(piece)
 
     def _piece(self, rebuilder: Rebuilder, dtype: Dtype, file: NewFile, offset: int, span: tuple[int, int]) -> Bits:
         lo, hi = span
-        bits = self._buffer((hi - lo) * rebuilder.dtype.width).view(rebuilder.dtype.bits)
+        bits = self._buffers.take(rebuilder.dtype.bits, hi - lo)
         rebuilder.read(lo, hi, bits)
         written = bits
         if dtype != rebuilder.dtype:
@@ -163,15 +164,6 @@ class _Unpacker:
             written = round_to(widen(bits, rebuilder.dtype, wide), dtype)
         file.write_at(offset + lo * dtype.width, written)
         return bits
-
-    def _buffer(self, size: int) -> Bits:
-        try:
-            buffer = self._buffers.pop()
-        except IndexError:
-            buffer = np.empty(0, np.uint8)
-        if buffer.nbytes < size:
-            buffer = np.empty(max(size, 2 * _PIECE_BYTES), np.uint8)
-        return buffer[:size]
 
 
 def check_rest_of_bases(archive: Archive, pipeline: Pipeline) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..dtypes import DTYPES, Bits, Dtype, Shape
 from ..encodings import Encoding, compressed, encode_chunk, raw
 from ..operators import Ref
 from ..operators.patch import cast, difference
-
-_SAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,7 @@ class Coding:
     encoding: Encoding
     bits: Bits
     prediction: Prediction | None = None
+    _sampled: dict[int, tuple[Bits, list[Any]]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def array_dtype(self) -> Dtype:
@@ -55,19 +54,16 @@ class Coding:
 
     def chunk(self, index: int) -> tuple[Bits, list[Any]]:
         """One chunk: its elements, and the stored bytes of its planes."""
+        if (known := self._sampled.pop(index, None)) is not None:
+            return known
         elements = self.elements(index)
         return elements, encode_chunk(elements, self.encoding)
 
     def estimate(self) -> float:
-        """Bytes that the array would take, chunk table included; exact for a few chunks, else from a sample."""
-        sample = (
-            sorted({round(step * (self.chunks - 1) / (_SAMPLES - 1)) for step in range(_SAMPLES)})
-            if self.chunks
-            else []
-        )
+        """Bytes that the array would take, chunk table included; exact for up to two chunks, else from two of them."""
         stored = elements = 0
-        for index in sample:
-            bits, planes = self.chunk(index)
+        for index in sorted({self.chunks // 4, 3 * self.chunks // 4}) if self.chunks else []:
+            bits, planes = self._sampled[index] = self.chunk(index)
             stored += sum(memoryview(plane).nbytes for plane in planes)
             elements += bits.size
         table = 8 * self.encoding.table_words(self.array_dtype, self.bits.size)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -25,7 +24,7 @@ from ..operators import Ref
 from ..operators.patch import predicts
 from ..pipeline import Pipeline
 from ..report import Progress
-from ..shards import raw_bytes
+from ..shards import header_room, raw_bytes
 from ..sources import BASE_ID
 from .difference import Difference, encoded_bytes
 from .factored import Factored, above_noise, approximated, within
@@ -43,7 +42,7 @@ from .svd import spectrum_of, truncated_svd
 
 _SHORTEST = 0.6  # coded factors never take less than this of their bytes; a rank that fails even so is not looked at
 _TYPICAL_RANK = 10  # layers are compared at this fraction of full rank, unless a rank is asked for
-_FIRST_COUNT = 32  # singular values that a budget looks at first; doubled where it would spend more
+_FIRST_COUNT = 32  # singular values that a budget looks at first; where it would spend more, at least twice as many
 # What an archive spends on bookkeeping, at most, in bytes beside names:
 _EMPTY_BYTES = 2000  # on nothing
 _TENSOR_BYTES = 220  # on a tensor, in the manifest; also on a file
@@ -282,14 +281,17 @@ class LowrankMethod:
         for name, size in self._each(self._checkpoint.tensors, self._lossless_bytes):
             lossless[name] = size
             self._progress(0, total, f"measuring {name}")
-        fixed = self._fixed_bytes() + sum(size for name, size in lossless.items() if name not in self._references)
+        fixed = self._bookkeeping_bytes(sum(lossless.values()))
+        fixed += sum(size for name, size in lossless.items() if name not in self._references)
         known: dict[str, Candidate] = {}
         counts = dict.fromkeys(self._references, _FIRST_COUNT)
         wanting = list(self._references)
+
+        def survey(name: str) -> Candidate | None:
+            return self._candidate(name, counts[name], lossless[name])
+
         while True:
-            for name, candidate in self._each(
-                wanting, lambda name: self._candidate(name, counts[name], lossless[name])
-            ):
+            for name, candidate in self._each(wanting, survey):
                 self._progress(0, total, f"decomposing {name}")
                 if candidate is None:
                     fixed += lossless[name]
@@ -300,14 +302,13 @@ class LowrankMethod:
             wanting = [name for name in allocation.starved if len(known[name].known.values) == counts[name]]
             if not wanting:
                 break
-            counts.update({name: 2 * counts[name] for name in wanting})
+            alike = (target - fixed) // sum(candidate.component_bytes for candidate in known.values())
+            counts.update({name: max(2 * counts[name], alike) for name in wanting})
         smallest = fixed + allocation.stored_bytes
         if not allocation.feasible and not self._request.force:
             raise RefusedError(
-                f"the target size cannot be met: even at the smallest ranks the archive takes about {smallest:,} bytes",
+                f"the target size of {target:,} bytes cannot be met: at the smallest ranks it takes {smallest:,} bytes",
                 where=self._checkpoint.location,
-                expected=f"at least {smallest:,} bytes",
-                found=f"{target:,} bytes",
                 hint=f"Use --target-size {smallest}, or --force to get the smallest archive there is",
             )
         return allocation.ranks
@@ -323,10 +324,8 @@ class LowrankMethod:
         codings = self._codings(name, bits, self._prediction(Ref(name, BASE_ID)) if alike else None)
         return encoded_bytes(min(codings, key=Coding.estimate))
 
-    def _candidate(self, name: str, counts: Mapping[str, int], lossless: Mapping[str, int]) -> Candidate | None:
-        """What a budget has to know of a tensor, with up to `counts[name]` singular values; None if it has to stay
-        lossless."""
-        count = counts[name]
+    def _candidate(self, name: str, count: int, lossless: int) -> Candidate | None:
+        """What a budget has to know of a tensor with up to `count` singular values; None if it must stay lossless."""
         difference = self._difference(name, self._checkpoint.read_whole(name))
         with self._decomposing:
             matrix = difference.matrix()
@@ -338,20 +337,25 @@ class LowrankMethod:
             component = 2 * sum(matrix.shape)
             if stored.rank:
                 component = math.ceil(_FEWER_CODE_WORSE * stored.stored_bytes() / stored.rank)
-            limit = max(0, lossless[name] - 1) // component
+            limit = max(0, lossless - 1) // component
             if limit < factors.rank:
                 known = spectrum_of(matrix, factors.prefix(limit), limit)
         reference = difference.reference
         replaceable = reference is not None and reference.dtype == difference.info.dtype
-        return Candidate(known, component, lossless[name], difference.energy(), least_rank=0 if replaceable else 1)
+        return Candidate(known, component, lossless, difference.energy(), least_rank=0 if replaceable else 1)
 
-    def _fixed_bytes(self) -> int:
-        """An upper bound of what an archive takes beside its tensors' data: files, manifest, shard headers."""
+    def _bookkeeping_bytes(self, lossless: int) -> int:
+        """An upper bound of what an archive takes beside its tensors' data: files, manifest, shard headers.
+
+        Args:
+            lossless: the data of all tensors without loss; a header may be padded by a thousandth of it.
+        """
         checkpoint = self._checkpoint
-        size = _EMPTY_BYTES + (self._request.target_bytes or 0) // 1000  # a header may be padded by this much
-        layout = [(file.name, file.header) for file in checkpoint.files] + (
-            [checkpoint.index] if checkpoint.index else []
-        )
+        room = header_room((name + _ROLE, len(info.shape)) for name, info in checkpoint.tensors.items())
+        size = _EMPTY_BYTES + min(lossless // 1000, 3 * room)
+        layout = [(file.name, file.header) for file in checkpoint.files]
+        if checkpoint.index is not None:
+            layout.append(checkpoint.index)
         for name, content in layout:
             coding = Coding(DTYPES["U8"], compressed(DTYPES["U8"], (len(content),)), raw_bytes(content))
             size += encoded_bytes(coding) + _array_bytes(name) + _TENSOR_BYTES

@@ -12,6 +12,7 @@ from ..dtypes import Bits, Dtype, round_to
 from ..scratch import scratch
 from ..strictjson import Fields
 from .base import Facts, Operator, Scope, Source, Target, Value, misfit
+from .stored import Stored
 
 
 @dataclass(frozen=True)
@@ -51,20 +52,22 @@ class Patch(Operator):
 
     def bind(self, source: Source, scope: Scope, target: Target) -> Value:
         facts = self.infer(scope, target, target.name)
-        return _Patch(
-            facts, self.prediction.bind(source, scope, target), self.residual.bind(source, scope, target), target.dtype
-        )
+        nested = not isinstance(self.residual, Stored)
+        prediction, residual = (operand.bind(source, scope, target) for operand in self.operands())
+        return _Patch(facts, prediction, residual, target.dtype, nested)
 
 
 class _Patch(Value):
-    def __init__(self, facts: Facts, prediction: Value, residual: Value, dtype: Dtype) -> None:
+    def __init__(self, facts: Facts, prediction: Value, residual: Value, dtype: Dtype, nested: bool) -> None:
         self.facts = facts
-        self._prediction, self._residual, self._dtype = prediction, residual, dtype
+        self._prediction, self._residual, self._dtype, self._nested = prediction, residual, dtype, nested
 
     def bits(self, lo: int, hi: int, out: Bits) -> None:
         source = self._prediction.facts.dtype
         assert source is not None
-        predicted = scratch("patch prediction", source.bits, hi - lo)
+        # A residual that may itself be patched uses this thread's buffers.
+        count, bits = hi - lo, source.bits
+        predicted = np.empty(count, bits) if self._nested else scratch("patch prediction", bits, count)
         self._prediction.bits(lo, hi, predicted)
         residual = scratch("patch residual", self._dtype.bits, hi - lo)
         self._residual.bits(lo, hi, residual)
@@ -121,7 +124,8 @@ def _flips(bits: Bits) -> Bits:
     """In place: all ones where the top bit is set, the top bit alone elsewhere."""
     signed = bits.view(f"i{bits.itemsize}")
     np.right_shift(signed, 8 * bits.itemsize - 1, out=signed)
-    return np.bitwise_or(bits, bits.dtype.type(1 << (8 * bits.itemsize - 1)), out=bits)
+    np.bitwise_or(bits, bits.dtype.type(1 << (8 * bits.itemsize - 1)), out=bits)
+    return bits
 
 
 def _sign_mask(bits: Bits, purpose: str) -> Bits:
