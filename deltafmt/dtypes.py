@@ -122,9 +122,9 @@ def _round_to_odd(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 def widen(bits: Bits, source: Dtype, accumulator: np.dtype[Any]) -> npt.NDArray[Any]:
     """The exact values of float bit patterns in a wider float type (float32 or float64)."""
-    if source.name == "BF16":
-        wide = bits.astype(np.uint32)
-        np.left_shift(wide, 16, out=wide)
-        return wide.view(np.float32).astype(accumulator, copy=False)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        if source.name == "BF16":
+            wide = bits.astype(np.uint32)
+            np.left_shift(wide, 16, out=wide)
+            return wide.view(np.float32).astype(accumulator, copy=False)
         return bits.view(source.values).astype(accumulator)

@@ -11,7 +11,7 @@ from .limits import COMPONENT_BYTES, NAME_BYTES
 MANIFEST = "deltafmt.json"
 MISLEADING = ("model.safetensors", "model.safetensors.index.json")
 CHUNK_TABLE = "deltafmt.chunks"
-SHARD_PATTERN = re.compile(r"deltafmt-.*\.safetensors", re.DOTALL)
+SHARD_PATTERN = re.compile(r"deltafmt-[^/]*\.safetensors")
 BASE_ID = re.compile(r"[a-z0-9_-]{1,64}")
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, lone surrogates
@@ -30,14 +30,20 @@ def is_shard_name(name: str) -> bool:
 
 def check_name(name: str, where: str) -> str:
     """Check the name of a tensor or stored array; return it. Raises `MalformedError` (reason `name`)."""
-    if not name or name == "__metadata__" or _UNPRINTABLE.search(name) or _length(name) > NAME_BYTES:
+    if name == "__metadata__":
+        raise _refused(name, where)
+    return _check_any_name(name, where)
+
+
+def _check_any_name(name: str, where: str) -> str:
+    if not name or _UNPRINTABLE.search(name) or _length(name) > NAME_BYTES:
         raise _refused(name, where)
     return name
 
 
 def check_file_name(name: str, where: str) -> str:
     """Check a relative file name with `/` separators; return it. Raises `MalformedError` (reason `name`)."""
-    check_name(name, where)
+    _check_any_name(name, where)
     if _PATH_CHARACTERS.search(name):
         raise _refused(name, where)
     for component in name.split("/"):

@@ -155,9 +155,10 @@ class _Packer:
         shard_bytes: int,
     ) -> None:
         self._checkpoint, self._reference, self._pipeline, self._area = checkpoint, reference, pipeline, area
-        self._writer = ArchiveWriter(
-            area, ((name, len(info.shape)) for name, info in checkpoint.tensors.items()), shard_bytes
-        )
+        arrays = [(name, len(info.shape)) for name, info in checkpoint.tensors.items()]
+        arrays += [(file.name, 1) for file in checkpoint.files]
+        arrays += [(checkpoint.index[0], 1)] if checkpoint.index else []
+        self._writer = ArchiveWriter(area, arrays, shard_bytes)
         self._bases: dict[str, Base] = {}
         self._copies: dict[tuple[str, tuple[int, ...], str], Ref] = {}
         self._lowrank: LowrankMethod | None = None

@@ -17,7 +17,7 @@ from .digests import checksum, digest
 from .dtypes import DTYPES, Bits, Dtype, Shape
 from .durable import NewFile
 from .encodings import Encoding, decode_chunk
-from .errors import IntegrityError, MalformedError
+from .errors import IntegrityError, MalformedError, UnsupportedError
 from .limits import Limits
 from .manifest import Array, Shard
 from .names import CHUNK_TABLE, escaped
@@ -64,8 +64,8 @@ class ShardReader:
             )
         try:
             self._file = SafetensorsFile(self.path, limits, header_digest=shard.header)
-        except MalformedError as error:
-            if error.reason != "shard-header":
+        except (MalformedError, UnsupportedError) as error:
+            if error.reason not in ("shard-header", "dtype"):  # the manifest names known dtypes only
                 raise
             raise IntegrityError(
                 error.what,
@@ -73,7 +73,7 @@ class ShardReader:
                 expected=error.expected,
                 found=error.found,
                 hint=_AGAIN,
-                reason=error.reason,
+                reason="shard-header",
             ) from error
         try:
             self._check_entries()

@@ -35,8 +35,8 @@ _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}  
 _METHODS = {
     "raw": "as it was",
     "compressed": "compressed",
-    "ref": "the same as another tensor",
-    "base-ref": "the same as a tensor of the base",
+    "ref": "taken from another tensor",
+    "base-ref": "taken from the base",
     "patch": "compressed difference to the base",
     "lowrank": "low-rank factors",
 }
@@ -174,6 +174,7 @@ def _(report: InspectReport, base_name: str) -> Iterator[RenderableType]:
         ("holds", f"{size(report.logical_bytes)}  {count(len(report.tensors), 'tensor')}"),
         ("ratio", _ratio_in_words(report)),
         ("values", _fidelity(report)),
+        ("ranks", _ranks(report.ranks)),
         ("format", f"deltafmt {report.version}, {shards}{_producer(report)}"),
     ]
     for name, base in report.bases.items():
@@ -244,6 +245,10 @@ def _number(header: str) -> Column:
     return Column(header, justify="right", no_wrap=True)
 
 
+def _legend() -> Column:
+    return Column("", style="dim")
+
+
 def _name(header: str = "tensor") -> Column:
     return Column(header, overflow="fold", style="cyan")
 
@@ -260,10 +265,10 @@ def _method_table(tensors: dict[str, TensorReport]) -> Iterator[Table]:
         _number("input"),
         _number("stored"),
         _number("ratio"),
-        Column(""),
+        _legend(),
     )
     for method, group in sorted(groups.items(), key=lambda item: -sum(tensor.logical_bytes for tensor in item[1])):
-        table.add_row(method, *_totals(group), Text(_METHODS.get(method, ""), style="dim"))
+        table.add_row(method, *_totals(group), _METHODS.get(method, ""))
     if len(groups) > 1:
         table.add_section()
         table.add_row("all", *_totals(list(tensors.values())), "", style="bold")
@@ -277,11 +282,11 @@ def _totals(group: Sequence[TensorReport]) -> tuple[str, str, str, str]:
 
 def _role_table(roles: dict[str, int]) -> Table:
     total = sum(roles.values())
-    table = _table(Column("role", style="cyan"), _number("stored"), _number("share"), Column(""))
+    table = _table(Column("role", style="cyan"), _number("stored"), _number("share"), _legend())
     for role, nbytes in sorted(roles.items(), key=lambda item: -item[1]):
         if nbytes:
             share = f"{100 * nbytes / total:.1f} %"
-            table.add_row(role, size(nbytes), share, Text(_ROLES.get(role, ""), style="dim"))
+            table.add_row(role, size(nbytes), share, _ROLES.get(role, ""))
     return table
 
 
@@ -293,8 +298,7 @@ def _rank_table(ranks: dict[str, int]) -> Iterator[Table]:
     for rank, tensors in sorted(found[:_LISTED]):
         table.add_row(str(rank), f"{tensors:,}")
     if len(found) > _LISTED:
-        low, middle, high = min(ranks.values()), statistics.median_low(ranks.values()), max(ranks.values())
-        table.caption = f"and {len(found) - _LISTED} other ranks, from {low} to {high}, median {middle}"
+        table.caption = f"and {len(found) - _LISTED} more"
     yield table
 
 
@@ -377,6 +381,13 @@ def _fidelity(report: Report, *, checked: bool = False) -> str:
 def _time(nbytes: int, seconds: float) -> str:
     speed = f", {size(round(nbytes / seconds))}/s" if seconds > 0 else ""
     return f"{seconds:.1f} s{speed}" if seconds < 120 else f"{seconds / 60:.1f} min{speed}"
+
+
+def _ranks(ranks: dict[str, int]) -> str:
+    if not ranks:
+        return ""
+    found = sorted(ranks.values())
+    return f"{found[0]} to {found[-1]}, median {statistics.median_low(found)}  {count(len(found), 'tensor')}"
 
 
 def _producer(report: InspectReport) -> str:

@@ -190,7 +190,7 @@ def _rebuild_span(
         return bits, same, float(np.count_nonzero(bits != expected)), float(bits.size)
     wide = np.dtype("f8")
     values = widen(expected, rebuilder.dtype, wide)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         wrong = np.where(bits == expected, 0.0, widen(bits, rebuilder.dtype, wide) - values)
         return bits, same, float(np.dot(wrong, wrong)), float(np.dot(values, values))
 

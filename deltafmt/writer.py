@@ -13,9 +13,10 @@ from .dtypes import DTYPES, Bits, Dtype, Shape
 from .durable import Staging
 from .encodings import Encoding, compressed, encode_chunk
 from .errors import AccessError
+from .limits import NAME_BYTES
 from .manifest import Array, Base, Manifest, Shard, Sidecar, Tensor, WeightFile
 from .manifest import Checkpoint as CheckpointEntry
-from .names import MANIFEST, check_sidecar_name, shard_name
+from .names import CHUNK_TABLE, MANIFEST, check_sidecar_name, shard_name
 from .shards import ShardWriter, header_room, raw_bytes
 
 SHARD_BYTES = 5_000_000_000
@@ -28,14 +29,14 @@ class ArchiveWriter:
 
     Args:
         staging: where files are created; the caller commits it.
-        tensors: name and number of dimensions of every tensor that may come; leaves room for the headers.
+        arrays: name and number of dimensions of every tensor and file that may come; leaves room for the headers.
         shard_bytes: begin another shard once this many bytes are in one.
     """
 
-    def __init__(self, staging: Staging, tensors: Iterable[tuple[str, int]], shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, staging: Staging, arrays: Iterable[tuple[str, int]], shard_bytes: int = SHARD_BYTES) -> None:
         self._staging = staging
         self._room = _ARRAYS_PER_TENSOR * header_room(
-            (f"{name}#residual", max(dimensions, 2)) for name, dimensions in tensors
+            (f"{name}#residual", max(dimensions, 2)) for name, dimensions in arrays
         )
         self._shard_bytes = shard_bytes
         self._open: list[ShardWriter] = []
@@ -47,6 +48,8 @@ class ArchiveWriter:
 
     def array_name(self, wanted: str) -> str:
         """`wanted`, or the next free name like it."""
+        if wanted == CHUNK_TABLE or len(wanted.encode()) > NAME_BYTES - 8:
+            wanted = f"array {len(self.arrays)}"
         name, tries = wanted, 1
         while name in self.arrays:
             tries += 1

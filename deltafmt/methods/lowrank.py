@@ -302,8 +302,8 @@ class LowrankMethod:
             wanting = [name for name in allocation.starved if len(known[name].known.values) == counts[name]]
             if not wanting:
                 break
-            alike = (target - fixed) // sum(candidate.component_bytes for candidate in known.values())
-            counts.update({name: max(2 * counts[name], alike) for name in wanting})
+            uniform = (target - fixed) // sum(candidate.component_bytes for candidate in known.values())
+            counts.update({name: max(2 * counts[name], uniform + uniform // 4) for name in wanting})
         smallest = fixed + allocation.stored_bytes
         if not allocation.feasible and not self._request.force:
             raise RefusedError(

@@ -1,0 +1,30 @@
+"""The bare package needs no extra: importing it, or its command line, must load neither torch nor the Hub client."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+EXTRAS = ("torch", "huggingface_hub")
+
+
+@pytest.mark.parametrize("module", ["deltafmt", "deltafmt.cli"])
+def test_importing_loads_no_extra(module: str) -> None:
+    program = f"import sys, {module}; print([name for name in {EXTRAS} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_module_imports_without_the_extras() -> None:
+    program = f"""
+import importlib, pkgutil, sys
+sys.modules.update(dict.fromkeys({EXTRAS}))  # None: importing it fails
+import deltafmt
+for module in pkgutil.walk_packages(deltafmt.__path__, "deltafmt."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,205 @@
+"""Low rank: speed of the rebuild and of the factorisation, and what `--share` finds in a model of known structure.
+
+- rebuild: `base + B A -> bf16` of one 4096 x 4096 tensor from memory, beside the obvious expressions and a memory copy;
+- factors: rank-64 factors of a 4096 x 4096 matrix beside the truncated full decomposition (LAPACK);
+- sharing: a DeltaLLM-shaped model whose ranks and anchors are known, packed with `--share`.
+
+Needs torch (for the expressions that it is compared with).
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import torch
+
+import deltafmt
+import fixtures
+import synthetic
+from deltafmt.dtypes import DTYPES
+from deltafmt.methods.svd import truncated_svd
+from deltafmt.operators import Facts, Lowrank, Stored, Sum, Target
+from deltafmt.operators.base import Read
+from deltafmt.rebuild import Rebuilder
+from measure import Cell, Report, Timed, in_turns
+from plain_checkpoint import Array
+
+SIDE = 4096
+BLOCK = 256 * SIDE
+THREADS = 2
+
+
+# --- Rebuild --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Stored arrays that are in memory: what a recipe is bound to here, in place of an archive."""
+
+    arrays: dict[str, tuple[str, Array]]
+    """Name -> safetensors dtype and elements as unsigned integers, in shape."""
+
+    def array(self, name: str) -> Facts | None:
+        """What is known of an array."""
+        dtype, array = self.arrays[name]
+        return Facts(DTYPES[dtype], array.shape, exact=True)
+
+    def tensor(self, name: str) -> Facts | None:
+        """There are no other tensors."""
+        return None
+
+    def base_tensor(self, base: str, name: str) -> Facts | None:
+        """There is no base model."""
+        return None
+
+    def array_reader(self, name: str) -> Read:
+        """Copies elements of an array."""
+        flat = self.arrays[name][1].reshape(-1)
+        return lambda lo, hi, out: np.copyto(out, flat[lo:hi])
+
+    def tensor_reader(self, name: str) -> Read:
+        """Not asked for: the recipe refers to no tensor."""
+        raise KeyError(name)
+
+    def base_reader(self, base: str, name: str) -> Read:
+        """Not asked for: the recipe refers to no base."""
+        raise KeyError(base)
+
+
+def rebuild_speed(report: Report, ranks: tuple[int, ...], repeats: int) -> None:
+    """GB/s of bf16 output for `base + B A`, per rank and way of computing it."""
+    rng = np.random.default_rng(0)
+    base = (rng.standard_normal((SIDE, SIDE), np.float32) * np.float32(0.02)).astype(ml_dtypes.bfloat16)
+    rows = [_rebuild_row(base, rank, rng, repeats) for rank in ranks]
+    note = "GB/s of bf16 output, median; base and factors (bf16) in memory; torch expressions get fp32 factors."
+    report.table(f"Rebuild base + B A -> bf16, {SIDE} x {SIDE}", rows, note)
+
+
+def _rebuild_row(base: Array, rank: int, rng: np.random.Generator, repeats: int) -> dict[str, Cell]:
+    a, b = (
+        (rng.standard_normal((rank, SIDE), np.float32) * np.float32(0.02)).astype(ml_dtypes.bfloat16) for _ in range(2)
+    )
+    memory = InMemory({name: ("BF16", array.view(np.uint16)) for name, array in {"w": base, "a": a, "b": b}.items()})
+    recipe = Sum((Stored("w"), Lowrank(Stored("a"), Stored("b"))))
+    target = Target("w", DTYPES["BF16"], base.shape, np.dtype(np.float32))
+    out = np.empty(base.size, np.uint16)
+
+    def ours() -> None:
+        Rebuilder(recipe, memory, memory, target).read(0, out.size, out)
+
+    def ours_in_threads() -> None:
+        rebuilder = Rebuilder(recipe, memory, memory, target)
+
+        def block(begin: int) -> None:
+            rebuilder.read(begin, begin + BLOCK, out[begin : begin + BLOCK])
+
+        list(pool.map(block, range(0, out.size, BLOCK)))
+
+    wide_a, wide_b = a.astype(np.float32), b.astype(np.float32)
+    base_t = torch.from_numpy(base.view(np.int16)).view(torch.bfloat16)
+    a_t, b_t = torch.from_numpy(wide_a), torch.from_numpy(wide_b)
+    with ThreadPoolExecutor(THREADS) as pool:
+        timed = {
+            "deltafmt": Timed(ours),
+            f"deltafmt, blocks in {THREADS} threads": Timed(ours_in_threads),
+            "numpy, one expression": Timed(
+                lambda: (base.astype(np.float32) + wide_b.T @ wide_a).astype(ml_dtypes.bfloat16)
+            ),
+            "torch, one expression": Timed(lambda: (base_t.float() + b_t.T @ a_t).bfloat16()),
+            "memory copy": Timed(lambda: np.copyto(out, base.view(np.uint16).reshape(-1))),
+        }
+        speed = in_turns(timed, repeats)
+    return {"rank": rank} | {name: base.nbytes / seconds / 1e9 for name, seconds in speed.items()}
+
+
+# --- Factorisation --------------------------------------------------------------------------------------------------
+
+
+def factor_speed(report: Report, rank: int) -> None:
+    """Truncated against full decomposition, on noise (the flattest spectrum) and on a decaying spectrum."""
+    rng = np.random.default_rng(1)
+    noise = rng.standard_normal((SIDE, SIDE), np.float32)
+    decaying = (noise * (np.arange(1, SIDE + 1, dtype=np.float32) ** -0.5)) @ rng.standard_normal(
+        (SIDE, SIDE), np.float32
+    )
+    rows: list[dict[str, Cell]] = []
+    for title, matrix in {"noise": noise, "decaying": decaying}.items():
+        begin = time.perf_counter()
+        factors = truncated_svd(matrix, rank)
+        truncated_seconds = time.perf_counter() - begin
+        begin = time.perf_counter()
+        u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+        best = (u[:, :rank] * s[:rank]) @ vt[:rank]
+        full_seconds = time.perf_counter() - begin
+        found = float(np.linalg.norm(matrix - factors.b.T @ factors.a))
+        rows.append(
+            {
+                "matrix": title,
+                "truncated, s": truncated_seconds,
+                "full, s": full_seconds,
+                "times faster": full_seconds / truncated_seconds,
+                "error / optimal error": found / float(np.linalg.norm(matrix - best)),
+            }
+        )
+    report.table(f"Rank-{rank} factors of {SIDE} x {SIDE}", rows)
+
+
+# --- Sharing --------------------------------------------------------------------------------------------------------
+
+
+def rounding_error() -> float:
+    """Relative error (Frobenius) of rounding normally distributed fp32 values to bf16."""
+    values = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
+    rounded = values.astype(ml_dtypes.bfloat16).astype(np.float32)
+    return float(np.linalg.norm(rounded - values) / np.linalg.norm(values))
+
+
+def sharing(report: Report) -> None:
+    """Pack a DeltaLLM-shaped model with `--share` and compare what is found with what is true."""
+    rows: list[dict[str, Cell]] = []
+    with tempfile.TemporaryDirectory() as directory:
+        model, archive = Path(directory) / "model", Path(directory) / "archive"
+        truth = synthetic.delta_llm(fixtures.minilm(), model)
+        packed = deltafmt.pack(model, archive, method="lowrank", share="sequential:3", rank=truth.rank)
+        report_of = packed.as_dict()["tensors"]
+        ranks = [report_of[name]["rank"] for name in truth.anchors]
+        errors = [report_of[name]["rel_error"] or 0.0 for name in truth.anchors]
+        rows.append(
+            {
+                "shared tensors": len(truth.anchors),
+                "true rank": truth.rank,
+                "found, lowest": min(rank or 0 for rank in ranks),
+                "found, highest": max(rank or 0 for rank in ranks),
+                "largest rel. error": max(errors),
+                "bf16 rounding alone": rounding_error(),
+                "archive / (base + factors)": packed.stored_bytes / truth.ideal_bytes,
+                "archive / model": packed.stored_bytes / truth.logical_bytes,
+            }
+        )
+    note = "base + factors: the bytes of anchors, unshared tensors and true factors in bf16, nothing compressed."
+    report.table("DeltaLLM-shaped, 12 blocks, sequential:3", rows, note)
+
+
+def main() -> None:
+    """Run all three."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="JSON instead of markdown")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each, of which the median counts")
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    report = Report(options.json)
+    rebuild_speed(report, (16, 64, 256), options.repeats)
+    factor_speed(report, 64)
+    sharing(report)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
