@@ -120,11 +120,17 @@ def _round_to_odd(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     return near
 
 
-def widen(bits: Bits, source: Dtype, accumulator: np.dtype[Any]) -> npt.NDArray[Any]:
-    """The exact values of float bit patterns in a wider float type (float32 or float64)."""
+def widen(
+    bits: Bits, source: Dtype, accumulator: np.dtype[Any], out: npt.NDArray[Any] | None = None
+) -> npt.NDArray[Any]:
+    """The exact values of float bit patterns in a wider float type (float32 or float64), in `out` if it is given."""
+    if out is None:
+        out = np.empty(bits.shape, accumulator)
     with np.errstate(invalid="ignore"):  # a signalling NaN
-        if source.name == "BF16":
-            wide = bits.astype(np.uint32)
+        if source.name == "BF16" and out.dtype == np.float32:
+            wide = out.view(np.uint32)
+            np.copyto(wide, bits)
             np.left_shift(wide, 16, out=wide)
-            return wide.view(np.float32).astype(accumulator, copy=False)
-        return bits.view(source.values).astype(accumulator)
+        else:
+            np.copyto(out, bits.view(source.values))
+    return out

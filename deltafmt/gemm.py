@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .scratch import scratch
+
 _ONE_AT_A_TIME = threading.Lock()  # a product uses every core by itself; two at once get in each other's way
 
 
@@ -41,4 +43,5 @@ def add_product(into: npt.NDArray[Any], b: npt.NDArray[Any], a: npt.NDArray[Any]
         elif first:
             np.matmul(b.T, a, out=into)
         else:
-            np.add(into, np.matmul(b.T, a), out=into)
+            product = scratch("product", into.dtype, into.size).reshape(into.shape)
+            np.add(into, np.matmul(b.T, a, out=product), out=into)

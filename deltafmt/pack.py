@@ -102,7 +102,7 @@ def pack(
         )
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        checkpoint = stack.enter_context(open_source(src, limits=limits))
+        checkpoint = stack.enter_context(open_source(src, base=base, limits=limits))
         reference = stack.enter_context(open_source(base, limits=limits)) if base is not None else None
         check_apart(Path(dst), src, base)
         area = stack.enter_context((DryRun if dry_run else Staging)(Path(dst), overwrite=overwrite))

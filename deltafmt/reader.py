@@ -13,7 +13,7 @@ import numpy as np
 from .checkpoint import Checkpoint, TensorInfo, WeightFileLayout
 from .digests import digest
 from .dtypes import Bits
-from .errors import AccessError, IntegrityError, MalformedError, UsageError, WrongBaseError
+from .errors import AccessError, DeltafmtError, IntegrityError, MalformedError, UsageError, WrongBaseError
 from .limits import DEFAULT_LIMITS, Limits
 from .manifest import Array, Base, Manifest, parse_manifest
 from .names import MANIFEST, escaped
@@ -48,8 +48,13 @@ def read_manifest(path: Path, limits: Limits = DEFAULT_LIMITS) -> Manifest:
         data = file.read_bytes()
     except OSError as error:
         raise AccessError(f"cannot read: {error.strerror}", where=str(file)) from error
-    manifest = parse_manifest(data, str(file), limits)
-    ManifestScope(manifest).check(limits)
+    try:
+        manifest = parse_manifest(data, str(file), limits)
+        ManifestScope(manifest).check(limits)
+    except DeltafmtError as error:
+        if not error.where.startswith(str(file)):  # a JSON pointer: say in which file
+            error.where = f"{file}: {error.where}"
+        raise
     return manifest
 
 

@@ -41,8 +41,8 @@ def parse_header(header: bytes, where: str, limits: Limits = DEFAULT_LIMITS) -> 
         document = parse(header, where)
         if not isinstance(document, dict):
             raise MalformedError("the header is not an object", where=where)
-        limits.check("tensors", len(document), where)
         metadata = document.pop("__metadata__", {})
+        limits.check("tensors", len(document), where)
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise MalformedError("__metadata__ maps strings to strings", where=where)
         entries = []

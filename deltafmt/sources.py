@@ -12,27 +12,34 @@ from . import hf, hub
 from .checkpoint import Checkpoint
 from .errors import AccessError, DestinationError, MalformedError, MissingExtraError, UsageError
 from .limits import DEFAULT_LIMITS, Limits
-from .reader import Archive, is_archive
+from .reader import Archive, is_archive, read_manifest
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Bases: TypeAlias = PathLike | Checkpoint | Mapping[str, PathLike | Checkpoint]
 
 
-def open_source(source: PathLike | Checkpoint, *, limits: Limits = DEFAULT_LIMITS) -> Checkpoint:
+def open_source(
+    source: PathLike | Checkpoint, *, base: PathLike | None = None, limits: Limits = DEFAULT_LIMITS
+) -> Checkpoint:
     """Open a model for reading; close it when done.
 
     Args:
         source: a directory or weight file, an archive, a Hub id (`org/name`, or `org/name@revision`), or a checkpoint
             that is open already.
+        base: the base of the source, if that is an archive that has one.
 
     Raises:
         AccessError: it does not exist, or cannot be fetched.
         MalformedError, IntegrityError, UnsupportedError: it is damaged or unknown.
+        WrongBaseError: `base` is another model.
     """
     if isinstance(source, Checkpoint):
         return source
     path = local_path(source)
-    return Archive(path, limits=limits) if is_archive(path) else hf.open_plain(path, limits=limits)
+    if not is_archive(path):
+        return hf.open_plain(path, limits=limits)
+    has_base = base is not None and bool(read_manifest(path, limits).bases)
+    return open_archive(path, base if has_base else None, limits=limits)
 
 
 def open_archive(path: PathLike, base: Bases | None = None, *, limits: Limits = DEFAULT_LIMITS) -> Archive:

@@ -82,21 +82,20 @@ class Value(ABC):
 
     def accumulate(self, lo: int, hi: int, into: Wide, first: bool) -> None:
         """Add the values of elements `[lo, hi)` to `into` (or set it, if `first`), in the accumulation type."""
-        values = self._widened(lo, hi, into.dtype)
         if first:
-            np.copyto(into, values)
+            self._widen(lo, hi, into)
         else:
-            np.add(into, values, out=into)
+            np.add(into, self._widen(lo, hi, scratch("operand values", into.dtype, hi - lo)), out=into)
 
     def reference(self, lo: int, hi: int, accumulator: np.dtype[Any]) -> Wide:
         """The same values by the ordered reference of spec/arithmetic.md."""
-        return self._widened(lo, hi, accumulator).copy()
+        return self._widen(lo, hi, np.empty(hi - lo, accumulator))
 
-    def _widened(self, lo: int, hi: int, accumulator: np.dtype[Any]) -> Wide:
+    def _widen(self, lo: int, hi: int, out: Wide) -> Wide:
         assert self.facts.dtype is not None
         bits = scratch("operand", self.facts.dtype.bits, hi - lo)
         self.bits(lo, hi, bits)
-        return widen(bits, self.facts.dtype, accumulator)
+        return widen(bits, self.facts.dtype, out.dtype, out)
 
 
 class ReadValue(Value):
