@@ -307,7 +307,7 @@ def _parse_array(item: object, pointer: str, limits: Limits) -> Array:
         kind,
         _parse_shape(shape, kind, pointer, limits),
         _checked_size(shard, pointer),
-        Encoding.parse(encoding, pointer, kind),
+        Encoding.parse(encoding, f"{pointer}/encoding", kind),
         _checked_size(table, pointer),
         _checked_digest(digest, pointer),
     )

@@ -72,7 +72,7 @@ def check_kept_name(name: str, where: str) -> str:
 def check_shard_name(name: str, where: str) -> str:
     """Check the name of a shard. Raises `MalformedError` (reason `name`)."""
     check_file_name(name, where)
-    if "/" in name or not name.endswith(".safetensors"):
+    if "/" in name or not name.endswith(".safetensors") or name in MISLEADING:
         raise _refused(name, where)
     return name
 

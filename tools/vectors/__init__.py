@@ -1,0 +1,1 @@
+"""The generator of the conformance vectors; `tools/make_vectors.py` runs it."""
