@@ -27,7 +27,7 @@ def inspect(src: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> InspectReport:
         return InspectReport(
             logical_bytes=checkpoint_bytes(archive),
             stored_bytes=archive.input_bytes,
-            exact=all(tensor.exact for tensor in manifest.tensors.values()),
+            exact=manifest.exact,
             max_rel_error=max((report.rel_error or 0.0 for report in reports.values()), default=0.0),
             seconds=time.perf_counter() - started,
             tensors=reports,

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from . import names
 from .digests import is_digest, model_digest
@@ -38,8 +38,7 @@ class Shard:
     header: str
 
 
-@dataclass(frozen=True)
-class Array:
+class Array(NamedTuple):
     """A stored array. `shard` is an index into `Manifest.shards`, `table` the index of its first word in the chunk
     table.
     """
@@ -52,7 +51,8 @@ class Array:
     digest: str
 
     @property
-    def count(self) -> int:
+    def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -82,8 +82,7 @@ class Base:
         )
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
     """A logical tensor. Exactly one of `digest` (exact) and `rel_error` (approximate) is set."""
 
     dtype: Dtype
@@ -143,6 +142,11 @@ class Manifest:
         """Bytes of all tensors, as the original checkpoint holds them."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def exact(self) -> bool:
+        """Whether every tensor is rebuilt bit for bit."""
+        return all(tensor.exact for tensor in self.tensors.values())
+
     def to_bytes(self) -> bytes:
         """Print in canonical form, checksum first."""
         document = {
@@ -189,9 +193,7 @@ def parse_manifest(data: bytes, where: str, limits: Limits = DEFAULT_LIMITS) -> 
         raise MalformedError("the manifest is not an object", where=where, hint=_AGAIN, reason="json")
     fields = Fields(document, "")
     if not data.startswith(_PREFIX) or not is_digest(fields.text("$checksum")):
-        raise MalformedError(
-            "the manifest does not begin with its checksum", where=where, hint=_AGAIN, reason="schema"
-        )
+        raise MalformedError("the manifest does not begin with its checksum", where=where, hint=_AGAIN, reason="schema")
     _check_version(document, where)
     if fields.text("format") != FORMAT:
         raise MalformedError("the format is another", where="/format", expected=FORMAT, reason="schema")
@@ -269,8 +271,10 @@ def _parse_shape(items: list[Any], kind: Dtype, pointer: str, limits: Limits) ->
     for size in items:
         if type(size) is not int or not 0 <= size <= MAX_INTEGER:
             raise MalformedError("a dimension that is no size", where=pointer, found=repr(size)[:40], reason="shape")
-    limits.check("dimensions", len(items), pointer)
-    limits.check("tensor_bytes", kind.nbytes(items), pointer)
+    if len(items) > limits.dimensions:
+        limits.check("dimensions", len(items), pointer)
+    if kind.nbytes(items) > limits.tensor_bytes:
+        limits.check("tensor_bytes", kind.nbytes(items), pointer)
     return tuple(items)
 
 
@@ -377,9 +381,7 @@ def _parse_annotations(fields: Fields) -> dict[str, Any]:
 def _parse_checkpoint(item: object, limits: Limits) -> Checkpoint:
     fields = Fields(item, "/checkpoint")
     entries = _capped(fields.array("files"), "shards", limits)
-    files = tuple(
-        WeightFile(*_WEIGHT_FILE(entry, f"/checkpoint/files/{place}")) for place, entry in enumerate(entries)
-    )
+    files = tuple(WeightFile(*_WEIGHT_FILE(entry, f"/checkpoint/files/{place}")) for place, entry in enumerate(entries))
     index: tuple[str, str] | None = None
     if fields.has("index"):
         name, array = _INDEX(fields.object("index"), "/checkpoint/index")

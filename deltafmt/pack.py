@@ -121,7 +121,7 @@ def pack(
     return PackReport(
         logical_bytes=checkpoint.input_bytes,
         stored_bytes=stored,
-        exact=all(tensor.exact for tensor in manifest.tensors.values()),
+        exact=manifest.exact,
         max_rel_error=max(errors, default=0.0),
         seconds=time.perf_counter() - started,
         tensors=reports,

@@ -186,7 +186,7 @@ class Archive(Checkpoint):
     def stored_array(self, name: str) -> Bits:
         """All elements of a stored array, flat, checked against its digest."""
         array = self.manifest.arrays[name]
-        out = np.empty(array.count, array.dtype.bits)
+        out = np.empty(array.numel, array.dtype.bits)
         self.array_reader(name)(0, out.size, out)
         check_array_digest(self, name, digest(out))
         return out

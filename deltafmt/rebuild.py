@@ -10,6 +10,7 @@ import numpy as np
 
 from .dtypes import Bits, Dtype, round_to
 from .encodings import choose_chunk
+from .gemm import round_wide
 from .operators import Operator, Scope, Source, Target
 from .scratch import scratch
 
@@ -46,7 +47,7 @@ class Rebuilder:
             wide = scratch(self._accumulator, self.target.accumulator, end - begin)
             with np.errstate(**_SILENT):
                 self._value.accumulate(begin, end, wide, first=True)
-            round_to(wide, self.dtype, out[begin - lo : end - lo])
+            round_wide(wide, self.dtype, out[begin - lo : end - lo])
 
     def reference(self, lo: int, hi: int) -> Bits:
         """The same elements by the ordered reference: slow, and the definition."""

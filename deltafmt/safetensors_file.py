@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,7 @@ _LENGTH = 8  # bytes of the header's length at the beginning of a file
 _MAX_READ = 1 << 30
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a safetensors file; `begin` and `end` are byte offsets in the data section."""
 
     dtype: Dtype

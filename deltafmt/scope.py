@@ -4,14 +4,27 @@ spec/reasons.md).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from .dtypes import DTYPES
 from .errors import MalformedError
-from .limits import DEFAULT_LIMITS, RECIPE_DEPTH, Limits
+from .limits import DEFAULT_LIMITS, RECIPE_DEPTH, RECIPE_NODES, Limits
 from .manifest import Manifest, Tensor
 from .names import escaped
 from .operators import Facts, Lowrank, Operator, Ref, Stored, Target
+
+
+class _Extent(NamedTuple):
+    """Of a recipe, counted through references to tensors of the archive: the longest way down, and all nodes."""
+
+    depth: int
+    nodes: int
+
+
+def _too_large(tensor: str, what: str) -> MalformedError:
+    return MalformedError(what, where=f"/tensors/{escaped(tensor)}", reason="cycle")
 
 
 class ManifestScope:
@@ -61,7 +74,7 @@ class ManifestScope:
     def check(self, limits: Limits = DEFAULT_LIMITS) -> None:
         """Check every recipe and the coverage of stored arrays."""
         used: set[str] = set(self._manifest.checkpoint.arrays)
-        depths: dict[str, int] = {}
+        extents: dict[str, _Extent] = {}
         for name, tensor in self._manifest.tensors.items():
             if self._is_plain(tensor):
                 used.add(tensor.recipe.array)  # type: ignore[attr-defined]
@@ -74,7 +87,7 @@ class ManifestScope:
                     if factor is not None and factor.shape:
                         limits.check("rank", factor.shape[0], f"tensor '{escaped(name)}'")
             self._check_recipe(name)
-            self._depth(name, depths, [], 0)
+            self._extent(name, extents, [], 0)
         for array in self._manifest.arrays:
             if array not in used:
                 raise MalformedError(
@@ -117,30 +130,30 @@ class ManifestScope:
         if tensor.exact and not facts.exact:
             raise MalformedError("a digest on a recipe that is not exact", where=pointer, reason="coverage")
 
-    def _depth(self, name: str, known: dict[str, int], path: list[str], above: int) -> int:
-        """Nodes on the longest way down from a tensor, through references; `above` counts those on the way to it."""
+    def _extent(self, name: str, known: dict[str, _Extent], path: list[str], above: int) -> _Extent:
+        """How far a tensor's recipe reaches, through references; `above` is the number of nodes on the way to it."""
         if name in path:
             cycle = " -> ".join(escaped(step) for step in [*path[path.index(name) :], name])
             raise MalformedError(f"references form a cycle: {cycle}", where="/tensors", reason="cycle")
         if above > RECIPE_DEPTH:
-            raise MalformedError(
-                f"references deeper than {RECIPE_DEPTH}", where=f"/tensors/{escaped(path[0])}", reason="cycle"
-            )
+            raise _too_large(path[0], f"references deeper than {RECIPE_DEPTH}")
         if name not in known:
             path.append(name)
-            known[name] = self._node_depth(self._manifest.tensors[name].recipe, known, path, above + 1)
+            known[name] = self._node_extent(self._manifest.tensors[name].recipe, known, path, above + 1)
             path.pop()
-        if known[name] > RECIPE_DEPTH:
-            raise MalformedError(
-                f"a recipe deeper than {RECIPE_DEPTH} nodes", where=f"/tensors/{escaped(name)}", reason="cycle"
-            )
+        if known[name].depth > RECIPE_DEPTH:
+            raise _too_large(name, f"a recipe deeper than {RECIPE_DEPTH} nodes")
+        if known[name].nodes > RECIPE_NODES:
+            raise _too_large(name, f"a recipe of more than {RECIPE_NODES} nodes")
         return known[name]
 
-    def _node_depth(self, node: Operator, known: dict[str, int], path: list[str], level: int) -> int:
-        below = [self._node_depth(operand, known, path, level + 1) for operand in node.operands()]
+    def _node_extent(self, node: Operator, known: dict[str, _Extent], path: list[str], level: int) -> _Extent:
+        below = [self._node_extent(operand, known, path, level + 1) for operand in node.operands()]
         if isinstance(node, Ref) and node.base is None and node.tensor in self._manifest.tensors:
-            below.append(self._depth(node.tensor, known, path, level))
-        return 1 + max(below, default=0)
+            below.append(self._extent(node.tensor, known, path, level))
+        return _Extent(
+            1 + max((extent.depth for extent in below), default=0), 1 + sum(extent.nodes for extent in below)
+        )
 
     def _check_checkpoint(self) -> None:
         for name in self._manifest.checkpoint.arrays:

@@ -111,11 +111,11 @@ class ShardReader:
                     raise self._bad_table("it does not match its checksum")
                 position = 0
                 for name, array in sorted(self._arrays.items(), key=lambda item: item[1].table):
-                    if array.count and array.table != position:
+                    if array.numel and array.table != position:
                         raise self._bad_table(
                             f"the rows of '{escaped(name)}' are not where they should be", position, array.table
                         )
-                    position += array.encoding.table_words(array.dtype, array.count)
+                    position += array.encoding.table_words(array.dtype, array.numel)
                 if position + 1 != table.size:
                     raise self._bad_table("it has another length", position + 1, table.size)
                 self._table = table
@@ -135,7 +135,7 @@ class ShardReader:
         """A reader of one stored array. Raises `IntegrityError` (reason `table`)."""
         array, entry, words = self._arrays[name], self._file.entries[name], self._words()
         planes = array.encoding.planes(array.dtype)
-        length = array.encoding.table_words(array.dtype, array.count)
+        length = array.encoding.table_words(array.dtype, array.numel)
         rows = words[array.table : array.table + length].reshape(-1, 1 + planes)
         ends = rows[:, 1:]
         flat = ends.ravel()
@@ -166,7 +166,7 @@ class ArrayReader:
         """Elements `[lo, hi)` into `out`, as bits. Raises `IntegrityError`, `MalformedError`."""
         chunk = self._array.encoding.chunk
         for index in range(lo // chunk, -(-hi // chunk) if hi > lo else lo // chunk):
-            begin, end = index * chunk, min((index + 1) * chunk, self._array.count)
+            begin, end = index * chunk, min((index + 1) * chunk, self._array.numel)
             if lo <= begin and end <= hi:
                 self._decode(index, out[begin - lo : end - lo])
             else:

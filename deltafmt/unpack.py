@@ -15,6 +15,7 @@ from .checkpoint import TensorInfo
 from .dtypes import Bits, Dtype, round_to, widen
 from .durable import NewFile, Staging
 from .errors import IntegrityError
+from .gemm import one_thread_each
 from .layout import OutputFile, new_layout, original_layout, output_dtype
 from .limits import DEFAULT_LIMITS, Limits
 from .names import escaped
@@ -70,6 +71,8 @@ def unpack(
         archive = stack.enter_context(open_archive(src, base, limits=limits))
         check_apart(Path(dst), archive.path, *(base.values() if isinstance(base, Mapping) else [base]))
         area = stack.enter_context(Staging(Path(dst), overwrite=overwrite))
+        if not archive.manifest.exact:
+            stack.enter_context(one_thread_each())
         pipeline = stack.enter_context(Pipeline(jobs))
         plain = cast is None and max_shard_size is None
         layout = original_layout(archive) if plain else new_layout(archive, cast, max_shard_size)
@@ -92,7 +95,7 @@ def unpack(
         return UnpackReport(
             logical_bytes=sum((Path(dst) / name).stat().st_size for name in files),
             stored_bytes=archive.input_bytes,
-            exact=all(tensor.exact for tensor in archive.manifest.tensors.values()) and cast is None,
+            exact=archive.manifest.exact and cast is None,
             max_rel_error=max((report.rel_error or 0.0 for report in reports.values()), default=0.0),
             seconds=time.perf_counter() - started,
             tensors=reports,

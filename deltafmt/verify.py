@@ -13,6 +13,7 @@ import numpy as np
 from .checkpoint import Checkpoint
 from .digests import file_digest
 from .dtypes import Bits, Dtype, widen
+from .gemm import one_thread_each
 from .layout import original_layout
 from .limits import DEFAULT_LIMITS, Limits
 from .operators import Stored
@@ -58,6 +59,8 @@ def verify(
     with contextlib.ExitStack() as stack:
         archive = stack.enter_context(open_archive(src, base, limits=limits))
         other = stack.enter_context(open_source(against, limits=limits)) if against is not None else None
+        if not archive.manifest.exact:
+            stack.enter_context(one_thread_each())
         pipeline = stack.enter_context(Pipeline(jobs))
         checker = _Checker(archive, other, pipeline, progress)
         checker.check_arrays()
@@ -74,7 +77,7 @@ def verify(
         return VerifyReport(
             logical_bytes=checkpoint_bytes(archive),
             stored_bytes=archive.input_bytes,
-            exact=all(tensor.exact for tensor in archive.manifest.tensors.values()),
+            exact=archive.manifest.exact,
             max_rel_error=max((report.rel_error or 0.0 for report in reports.values()), default=0.0),
             seconds=time.perf_counter() - started,
             tensors=reports,
@@ -90,11 +93,11 @@ def verify(
 
 def checkpoint_bytes(archive: Archive) -> int:
     """Bytes of the original checkpoint as safetensors: weight files, index and sidecars."""
-    headers = sum(8 + archive.manifest.arrays[file.header].count for file in archive.manifest.checkpoint.files)
+    headers = sum(8 + archive.manifest.arrays[file.header].numel for file in archive.manifest.checkpoint.files)
     index = archive.manifest.checkpoint.index
     return (
         headers
-        + (archive.manifest.arrays[index[1]].count if index else 0)
+        + (archive.manifest.arrays[index[1]].numel if index else 0)
         + archive.manifest.logical_bytes
         + sum(sidecar.size for sidecar in archive.manifest.sidecars.values())
     )
@@ -122,7 +125,7 @@ class _Checker:
                 continue
             running = hashlib.sha256()
             step = max(_PIECE_ELEMENTS // array.encoding.chunk, 1) * array.encoding.chunk
-            spans = [(lo, min(lo + step, array.count)) for lo in range(0, array.count, step)]
+            spans = [(lo, min(lo + step, array.numel)) for lo in range(0, array.numel, step)]
             read = partial(_read_span, self._archive.array_reader(name), array.dtype)
             for _, bits in self._pipeline.ordered(spans, read, lambda span: 8 * (span[1] - span[0])):
                 running.update(bits)

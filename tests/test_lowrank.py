@@ -188,8 +188,8 @@ def stored_factors(archive: Archive, name: str) -> tuple[Array, Array]:
     for operand in (low.b, low.a):
         assert isinstance(operand, Stored)
         array = archive.manifest.arrays[operand.array]
-        bits = np.empty(array.count, array.dtype.bits)
-        archive.array_reader(operand.array)(0, array.count, bits)
+        bits = np.empty(array.numel, array.dtype.bits)
+        archive.array_reader(operand.array)(0, array.numel, bits)
         factors.append(bits.view(array.dtype.values).reshape(array.shape).astype(np.float64))
     return factors[0], factors[1]
 

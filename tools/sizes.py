@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import deltafmt
 import fixtures
 import measure
 import synthetic
-
-import deltafmt
 
 README = Path(__file__).parent.parent / "README.md"
 MARKED = re.compile(r"(<!-- sizes:.*?-->\n).*?(<!-- /sizes -->)", re.DOTALL)

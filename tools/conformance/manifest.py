@@ -33,7 +33,8 @@ FLOATS = {"F64": (11, 52), "F32": (8, 23), "F16": (5, 10), "BF16": (8, 7)}  # bi
 
 # limits.md
 MANIFEST_BYTES, HEADER_BYTES, TENSORS, FILES, DIMENSIONS = 256 << 20, 100_000_000, 1_000_000, 100_000, 16
-TENSOR_BYTES, TOTAL_BYTES, RANK, CHUNK_BYTES, DEPTH, LARGEST = 128 << 30, 16 << 40, 65_536, 64 << 20, 32, 2**63 - 1
+TENSOR_BYTES, TOTAL_BYTES, RANK, CHUNK_BYTES = 128 << 30, 16 << 40, 65_536, 64 << 20
+DEPTH, NODES, LARGEST = 32, 4096, 2**63 - 1
 
 PREFIX = re.compile(rb'\{"\$checksum":"sha256:([0-9a-f]{64})",')
 RESERVED = {"CON", "PRN", "AUX", "NUL"} | {f"{port}{digit}" for port in ("COM", "LPT") for digit in range(10)}

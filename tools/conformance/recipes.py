@@ -1,11 +1,11 @@
-"""Recipes (spec/operators/): operands fit, references end within 32 nodes, every array is used: step 5."""
+"""Recipes (spec/operators/): operands fit, references end within 32 nodes and 4,096 in all, every array is used: step 5."""
 
 from __future__ import annotations
 
 import math
 from typing import Any, NamedTuple
 
-from conformance.manifest import DEPTH, FLOATS, RANK, WIDTH, Node, Rejected, children, need, nodes
+from conformance.manifest import DEPTH, FLOATS, NODES, RANK, WIDTH, Node, Rejected, children, need, nodes
 
 
 class Kind(NamedTuple):
@@ -50,10 +50,12 @@ def check_recipes(m: dict[str, Any]) -> list[str]:
                 order.append(follower)
     need(len(order) == len(tensors), "cycle", f"references in a circle: {sorted(set(tensors) - set(order))[:3]}")
 
-    depths = {"": 0}  # the empty name: no reference
+    depths, sizes = {"": 0}, {"": 0}  # the empty name: no reference
     for name in order:
         depths[name] = max(depth + depths[local_reference(node)] for node, depth in nodes(tensors[name]["recipe"]))
         need(depths[name] <= DEPTH, "cycle", f"tensor {name!r}: recipe more than {DEPTH} nodes deep")
+        sizes[name] = sum(1 + sizes[local_reference(node)] for node, _ in nodes(tensors[name]["recipe"]))
+        need(sizes[name] <= NODES, "cycle", f"tensor {name!r}: recipe of more than {NODES} nodes")
         root = kind_of(m, name, tensors[name]["recipe"])
         dtype, shape = tensors[name]["dtype"], tuple(tensors[name]["shape"])
         need(root.shape == shape, "operand", f"tensor {name!r}: shape {shape}, recipe gives {root.shape}")
@@ -93,6 +95,7 @@ def kind_of(m: dict[str, Any], owner: str, node: Node) -> Kind:
         typed = prediction.dtype == target_dtype or (prediction.dtype == "F32" and target_dtype in ("BF16", "F16"))
         need(typed and prediction.exact, "operand", f"{here}: prediction of dtype {prediction.dtype}")
         need(residual.dtype == f"U{8 * WIDTH[target_dtype]}", "operand", f"{here}: residual of dtype {residual.dtype}")
+        need(residual.exact, "operand", f"{here}: residual that is not exact")
         need(prediction.shape == residual.shape, "operand", f"{here}: prediction and residual of other shapes")
         return Kind(target_dtype, residual.shape, residual.exact)
     a, b = parts

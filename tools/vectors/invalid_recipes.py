@@ -208,6 +208,18 @@ add("cycle-chain-of-33", "cycle", "a chain of 32 references: 33 nodes with the s
 add("cycle-long-chain", "cycle", "a chain of 1,200 references: a reader must not recurse along them", chained(1201))
 add("cycle-long-chain-backwards", "cycle", "the same, with the deepest tensor first", chained_backwards)
 add("cycle-ref-to-deep-recipe", "cycle", "a reference to a recipe of 32 nodes", patched_chain)
+manifest(
+    "cycle-many-nodes",
+    "cycle",
+    "sums of 64 references to sums of 64 references: over 4,096 nodes, though only 5 deep",
+    lambda m: m["tensors"].update(
+        {
+            name: {"dtype": "BF16", "shape": [4, 3], "recipe": {"op": "sum", "terms": [ref(of)] * 64}, "rel_error": 0.0}
+            for name, of in (("s1", "w"), ("s2", "s1"))
+        }
+    ),
+    low_rank,
+)
 manifest("coverage-unused-array", "coverage", "an array nobody uses", drop("tensors", "bias"))
 TO_DIGEST = both(drop("tensors", "w", "rel_error"), put(digest(b""), "tensors", "w", "digest"))
 manifest("coverage-digest-on-sum", "coverage", "a digest on a sum", TO_DIGEST, low_rank)
