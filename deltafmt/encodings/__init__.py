@@ -129,7 +129,7 @@ def encode_chunk(bits: Bits, encoding: Encoding, thorough: bool = False) -> list
         separated = bits.view(np.uint8).reshape(1, -1)
     else:
         separated = scratch("encode planes", np.uint8, bits.nbytes).reshape(bits.itemsize, -1)
-        planes.split(bits, encoding.filter == "float-planes", separated)
+        planes.split(bits, encoding.filter == "float-planes", list(separated))
     stored = (zstd.compress(plane, thorough) for plane in separated)
     return [plane.tobytes() if isinstance(plane, np.ndarray) else plane for plane in stored]
 
@@ -152,12 +152,10 @@ def decode_chunk(stored: npt.NDArray[np.uint8], ends: Sequence[int], encoding: E
             )
         np.copyto(out.view(np.uint8), stored)
         return
+    size = out.nbytes if encoding.filter == "none" else out.size
+    begins = (0, *ends[:-1])
+    separated = [zstd.decompress(stored[begin:end], size, where) for begin, end in zip(begins, ends, strict=True)]
     if encoding.filter == "none":
-        zstd.decompress(stored, out.view(np.uint8), where)
-        return
-    separated = scratch("decode planes", np.uint8, out.nbytes).reshape(out.itemsize, -1)
-    begin = 0
-    for plane, end in zip(separated, ends, strict=True):
-        zstd.decompress(stored[begin:end], plane, where)
-        begin = end
-    planes.merge(separated, encoding.filter == "float-planes", out)
+        np.copyto(out.view(np.uint8), separated[0])
+    else:
+        planes.merge(separated, encoding.filter == "float-planes", out)

@@ -6,15 +6,14 @@ import threading
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import zstandard
 
 from ..errors import MalformedError
+from .planes import Plane
 
 # In effect Huffman coding alone: a tiny hash table and long matches, so that almost no time goes into looking for
 # repeats, which exponents and mantissas do not have. Runs of zeros are still found. Measured on real exponents: smaller
-# than levels 1 to 3, and 2 to
-# 5 times faster.
+# than levels 1 to 3, and 2 to 5 times faster.
 _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
     1,
     strategy=zstandard.STRATEGY_FAST,
@@ -39,7 +38,7 @@ class _Contexts(threading.local):
 _CONTEXTS = _Contexts()
 
 
-def compress(plane: npt.NDArray[np.uint8], thorough: bool = False) -> Any:
+def compress(plane: Plane, thorough: bool = False) -> Any:
     """The frame, or the plane itself where the frame would not be shorter. Both are bytes-like. `thorough` is for text:
     slow, looks for repeats.
     """
@@ -49,7 +48,7 @@ def compress(plane: npt.NDArray[np.uint8], thorough: bool = False) -> Any:
     return frame if len(frame) < plane.size else plane
 
 
-def _looks_random(plane: npt.NDArray[np.uint8]) -> bool:
+def _looks_random(plane: Plane) -> bool:
     """Whether a sample of the plane shows (nearly) all byte values equally often, as mantissas do: not worth a try."""
     if plane.size < 8 * _SAMPLE:
         return False
@@ -59,29 +58,27 @@ def _looks_random(plane: npt.NDArray[np.uint8]) -> bool:
     return bool(-(share * np.log2(share)).sum() > 7.9)  # uniform bytes: 7.955 +- 0.004 in a sample of this size
 
 
-def decompress(stored: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8], where: str) -> None:
-    """Decode one stored plane into `out`, whose size is the plane's. Raises `MalformedError` (reason `chunk-size`)."""
-    if stored.size == out.size:
-        np.copyto(out, stored)
-        return
+def decompress(stored: Plane, size: int, where: str) -> Plane:
+    """Decode one stored plane: `size` bytes, a view of `stored` where it is stored as it is.
+
+    Raises `MalformedError` (reason `chunk-size`).
+    """
+    if stored.size == size:
+        return stored
     try:
         frame = zstandard.get_frame_parameters(stored.data)
         declared = frame.content_size
-        if declared != out.size or frame.dict_id or stored.size > out.size or bytes(stored[:3]) != b"\x28\xb5\x2f":
-            raise MalformedError(
-                "a compressed plane declares another size",
-                where=where,
-                expected=out.size,
-                found=declared,
-                reason="chunk-size",
-            )
-        plane = _CONTEXTS.decompressor.decompress(stored.data, max_output_size=out.size, allow_extra_data=False)
+        if declared != size or frame.dict_id or stored.size > size or bytes(stored[:3]) != b"\x28\xb5\x2f":
+            raise _wrong_size(where, size, declared)
+        plane = _CONTEXTS.decompressor.decompress(stored.data, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise MalformedError(
-            f"a compressed plane does not decode: {error}", where=where, reason="chunk-size"
-        ) from error
-    if len(plane) != out.size:
-        raise MalformedError(
-            "a compressed plane has another size", where=where, expected=out.size, found=len(plane), reason="chunk-size"
-        )
-    np.copyto(out, np.frombuffer(plane, np.uint8))
+        what = f"a compressed plane does not decode: {error}"
+        raise MalformedError(what, where=where, reason="chunk-size") from error
+    if len(plane) != size:
+        raise _wrong_size(where, size, len(plane))
+    return np.frombuffer(plane, np.uint8)
+
+
+def _wrong_size(where: str, expected: int, found: int) -> MalformedError:
+    what = "a compressed plane has another size"
+    return MalformedError(what, where=where, expected=expected, found=found, reason="chunk-size")

@@ -127,8 +127,9 @@ def unfilter(planes: list[bytes], filter_: str, width: int) -> bytes:
         return planes[0]
     big_endian = np.stack([np.frombuffer(plane, np.uint8) for plane in planes], axis=1).tobytes()
     elements = np.frombuffer(big_endian, f">u{width}").astype(np.uint64)
-    if filter_ == "float-planes":
+    if filter_ == "float-planes":  # the upper 16 bits: plane 0, then the sign, then what plane 1 has below it
         below = np.uint64(8 * width - 16)
         high, low = elements >> below, elements & ((np.uint64(1) << below) - np.uint64(1))
-        elements = (high >> np.uint64(1) | (high & np.uint64(1)) << np.uint64(15)) << below | low
+        exponent, sign, rest = high >> np.uint64(8), high & np.uint64(0x80), high & np.uint64(0x7F)
+        elements = (sign << np.uint64(8) | exponent << np.uint64(7) | rest) << below | low
     return elements.astype(f"<u{width}").tobytes()

@@ -62,8 +62,10 @@ def planes(data: bytes, dtype: str, filter_: str) -> list[bytes]:
     w = WIDTH[dtype]
     elements = words(Tensor(dtype, [], data))
     if filter_ == "float-planes":
-        low = 8 * w - 16
-        elements = [((u >> low << 1 & 0xFFFF | u >> 8 * w - 1) << low) | u & (1 << low) - 1 for u in elements]
+        top = 8 * (w - 2)  # the upper 16 bits begin here
+        exponents = [u >> top + 7 & 0xFF for u in elements]
+        rests = [(u >> top + 8 & 0x80) | (u >> top & 0x7F) for u in elements]
+        return [bytes(exponents), bytes(rests)] + [bytes(u >> 8 * (w - 1 - j) & 255 for u in elements) for j in range(2, w)]
     return [bytes(u >> 8 * (w - 1 - j) & 255 for u in elements) for j in range(w)]
 
 
