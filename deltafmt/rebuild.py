@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .dtypes import Bits, Dtype, round_to
+from .dtypes import Bits, Dtype, Shape, round_to
 from .encodings import choose_chunk
 from .gemm import round_wide
 from .operators import Operator, Scope, Source, Target
@@ -16,6 +16,13 @@ from .scratch import scratch
 
 _BLOCK_ELEMENTS = 1 << 20
 _SILENT: dict[str, Any] = {"over": "ignore", "under": "ignore", "invalid": "ignore"}  # infinities and NaN are values
+
+
+def good_step(shape: Shape, width: int, elements: int) -> int:
+    """About `elements` of a tensor, as whole rows and whole chunks as a writer cuts them: a good unit of work."""
+    row = shape[-1] if len(shape) > 1 else 1
+    chunk = choose_chunk(shape, width)
+    return max(elements // chunk, 1) * chunk if row <= elements else elements
 
 
 class Rebuilder:
@@ -30,18 +37,12 @@ class Rebuilder:
     def dtype(self) -> Dtype:
         return self.target.dtype
 
-    def piece(self, elements: int) -> int:
-        """About `elements`, as a whole number of chunks as the writer cuts them, or of rows: a good unit of work."""
-        row = self.target.shape[-1] if len(self.target.shape) > 1 else 1
-        chunk = choose_chunk(self.target.shape, self.dtype.width)
-        return max(elements // chunk, 1) * chunk if row <= elements else elements
-
     def read(self, lo: int, hi: int, out: Bits) -> None:
         """Elements `[lo, hi)` (flat indices), as bits of the tensor's dtype, into `out`."""
         if self._value.facts.dtype is not None:
             self._value.bits(lo, hi, out)
             return
-        step = self.piece(_BLOCK_ELEMENTS)
+        step = good_step(self.target.shape, self.dtype.width, _BLOCK_ELEMENTS)
         for begin in range(lo, hi, step):
             end = min(begin + step, hi)
             wide = scratch(self._accumulator, self.target.accumulator, end - begin)

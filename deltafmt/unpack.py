@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import TensorInfo
 from .dtypes import Bits, Dtype, round_to, widen
 from .durable import NewFile, Staging
 from .errors import IntegrityError
@@ -19,16 +18,14 @@ from .gemm import one_thread_each
 from .layout import OutputFile, new_layout, original_layout, output_dtype
 from .limits import DEFAULT_LIMITS, Limits
 from .names import escaped
+from .pieces import Piece, pieces
 from .pipeline import IN_FLIGHT_BYTES, Pipeline
 from .reader import Archive
-from .rebuild import Rebuilder
 from .report import Progress, UnpackReport, silent
 from .roles import tensor_reports
 from .scratch import BufferPool
 from .sources import Bases, PathLike, check_apart, open_archive
 from .writer import copied
-
-_PIECE_BYTES = 4 << 20
 
 
 def unpack(
@@ -129,43 +126,34 @@ class _Unpacker:
     def write(self, output: OutputFile, file: NewFile) -> None:
         """Write one weight file: rebuilt and written piece by piece in parallel, digested in order."""
         file.append(len(output.header).to_bytes(8, "little") + output.header)
-        offset = file.position
-        for (name, info), rebuilder in self._pipeline.ordered(
-            output.tensors.items(), self._rebuilder, lambda item: 1 << 20
+        begins = dict(zip(output.tensors, accumulate(info.nbytes for info in output.tensors.values()), strict=True))
+        begins = {name: file.position + end - output.tensors[name].nbytes for name, end in begins.items()}
+        running = hashlib.sha256()
+        for piece, bits in self._pipeline.ordered(
+            pieces(self._archive, output.tensors, self._pipeline),
+            lambda piece: self._rebuild(piece, output.tensors[piece.name].dtype, file, begins[piece.name]),
+            lambda piece: piece.nbytes,
         ):
-            self._progress(self._done, self._total, name)
-            running = hashlib.sha256() if self._archive.manifest.tensors[name].exact else None
-            for bits in self._pieces(rebuilder, info, file, offset):
-                if running is not None:
-                    running.update(bits)
-                self._done += bits.nbytes
-                self._progress(self._done, self._total, "")
-            if running is not None:
-                check_digest(self._archive, name, "sha256:" + running.hexdigest())
-            offset += info.nbytes
+            self._progress(self._done, self._total, piece.name)
+            self._done += bits.nbytes
+            if self._archive.manifest.tensors[piece.name].exact:
+                running.update(bits)
+                if piece.last:
+                    check_digest(self._archive, piece.name, "sha256:" + running.hexdigest())
+                    running = hashlib.sha256()
+            self._buffers.give(bits)
         file.finish()
 
-    def _rebuilder(self, item: tuple[str, TensorInfo]) -> Rebuilder:
-        return self._archive.rebuilder(item[0])
-
-    def _pieces(self, rebuilder: Rebuilder, info: TensorInfo, file: NewFile, offset: int) -> Iterator[Bits]:
-        for _, piece in self._pipeline.ordered(
-            piece_ranges(rebuilder, info.count),
-            partial(self._piece, rebuilder, info.dtype, file, offset),
-            lambda span: 8 * (span[1] - span[0]),
-        ):
-            yield piece
-            self._buffers.give(piece)
-
-    def _piece(self, rebuilder: Rebuilder, dtype: Dtype, file: NewFile, offset: int, span: tuple[int, int]) -> Bits:
-        lo, hi = span
-        bits = self._buffers.take(rebuilder.dtype.bits, hi - lo)
-        rebuilder.read(lo, hi, bits)
+    def _rebuild(self, piece: Piece, dtype: Dtype, file: NewFile, begin: int) -> Bits:
+        """Rebuild a piece and write it as `dtype` into the tensor that begins at byte `begin` of the file."""
+        rebuilder = piece.rebuilder.result()
+        bits = self._buffers.take(rebuilder.dtype.bits, piece.hi - piece.lo)
+        rebuilder.read(piece.lo, piece.hi, bits)
         written = bits
         if dtype != rebuilder.dtype:
-            wide = np.dtype("f8" if rebuilder.dtype.name == "F64" or dtype.name == "F64" else "f4")
+            wide = np.dtype("f8" if "F64" in (rebuilder.dtype.name, dtype.name) else "f4")
             written = round_to(widen(bits, rebuilder.dtype, wide), dtype)
-        file.write_at(offset + lo * dtype.width, written)
+        file.write_at(begin + piece.lo * dtype.width, written)
         return bits
 
 
@@ -176,12 +164,6 @@ def check_rest_of_bases(archive: Archive, pipeline: Pipeline) -> None:
     for base in archive.bases.values():
         for _ in pipeline.ordered(base.unverified(), base.verify, base.nbytes):
             pass
-
-
-def piece_ranges(rebuilder: Rebuilder, count: int) -> list[tuple[int, int]]:
-    """Ranges of about 4 MiB that cut few rows and chunks."""
-    step = rebuilder.piece(_PIECE_BYTES // rebuilder.dtype.width)
-    return [(lo, min(lo + step, count)) for lo in range(0, count, step)]
 
 
 def check_digest(archive: Archive, name: str, found: str) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import time
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,13 +19,13 @@ from .layout import original_layout
 from .limits import DEFAULT_LIMITS, Limits
 from .operators import Stored
 from .operators.base import Read
+from .pieces import Piece, pieces
 from .pipeline import Pipeline
 from .reader import Archive, check_array_digest
-from .rebuild import Rebuilder
 from .report import Progress, VerifyReport, silent
 from .roles import tensor_reports
 from .sources import Bases, PathLike, open_archive, open_source
-from .unpack import check_digest, check_rest_of_bases, check_sidecar, piece_ranges
+from .unpack import check_digest, check_rest_of_bases, check_sidecar
 
 _PIECE_ELEMENTS = 1 << 20
 
@@ -103,6 +104,17 @@ def checkpoint_bytes(archive: Archive) -> int:
     )
 
 
+class _Compared(NamedTuple):
+    """A rebuilt piece; whether the other checkpoint has the same bits (-0.0 is not 0.0); the squared norms of the
+    difference to it and of its values.
+    """
+
+    bits: Bits
+    same: bool = True
+    difference: float = 0.0
+    original: float = 0.0
+
+
 class _Checker:
     def __init__(self, archive: Archive, other: Checkpoint | None, pipeline: Pipeline, progress: Progress) -> None:
         self._archive, self._other, self._pipeline, self._progress = archive, other, pipeline, progress
@@ -136,32 +148,53 @@ class _Checker:
         checkpoint.
         """
         errors: dict[str, float] = {}
-        for name, tensor in self._archive.manifest.tensors.items():
+        names = list(self._archive.manifest.tensors)
+        if self._other is None:
+            self.unchecked = [name for name in names if self._lacks_base(name)]
+        checked = [name for name in names if name not in set(self.unchecked)]
+        running = hashlib.sha256()
+        difference = original = 0.0
+        for piece, compared in self._pipeline.ordered(
+            pieces(self._archive, checked, self._pipeline), self._compare, lambda piece: 2 * piece.nbytes
+        ):
+            name = piece.name
             self._progress(self._done, self._total, name)
-            if self._other is None and self._lacks_base(name):
-                self.unchecked.append(name)
+            self._done += compared.bits.nbytes
+            running.update(compared.bits)
+            difference, original = difference + compared.difference, original + compared.original
+            if not compared.same:
+                self.unequal.add(name)
+            if not piece.last:
                 continue
-            rebuilder = self._archive.rebuilder(name)
-            compared = self._comparable(name)
-            running = hashlib.sha256()
-            difference = original = 0.0
-            work = partial(_rebuild_span, rebuilder, self._other if compared else None, name)
-            for _, (bits, same, wrong, norm) in self._pipeline.ordered(
-                piece_ranges(rebuilder, self._archive.tensors[name].count), work, lambda span: 16 * (span[1] - span[0])
-            ):
-                if tensor.exact:
-                    running.update(bits)
-                difference, original = difference + wrong, original + norm
-                if not same:
-                    self.unequal.add(name)
-                self._done += bits.nbytes
-                self._progress(self._done, self._total, "")
-            if tensor.exact:
+            if self._archive.manifest.tensors[name].exact:
                 check_digest(self._archive, name, "sha256:" + running.hexdigest())
-            if compared:
+            if self._comparable(name):
                 error = (difference / original) ** 0.5 if original else difference**0.5
                 errors[name] = error if name in self.unequal else 0.0  # a NaN equals itself here
+            running = hashlib.sha256()
+            difference = original = 0.0
         return errors
+
+    def _compare(self, piece: Piece) -> _Compared:
+        """Rebuild a piece and compare it with the other checkpoint, where that has a tensor like it."""
+        rebuilder = piece.rebuilder.result()
+        dtype = rebuilder.dtype
+        bits = np.empty(piece.hi - piece.lo, dtype.bits)
+        rebuilder.read(piece.lo, piece.hi, bits)
+        if self._other is None or not self._comparable(piece.name):
+            return _Compared(bits)
+        expected = np.empty_like(bits)
+        self._other.read(piece.name, piece.lo, piece.hi, expected)
+        same = np.array_equal(bits, expected)
+        if not dtype.is_float:
+            return _Compared(bits, same, float(np.count_nonzero(bits != expected)), float(bits.size))
+        values = widen(expected, dtype, np.dtype("f8"))
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            original = float(np.dot(values, values))
+            if same:
+                return _Compared(bits, original=original)
+            wrong = np.where(bits == expected, 0.0, widen(bits, dtype, np.dtype("f8")) - values)
+            return _Compared(bits, False, float(np.dot(wrong, wrong)), original)
 
     def _lacks_base(self, name: str) -> bool:
         return any(base not in self._archive.bases for base in self._archive.scope.bases_needed(name))
@@ -174,28 +207,6 @@ def _read_span(read: Read, dtype: Dtype, span: tuple[int, int]) -> Bits:
     bits = np.empty(span[1] - span[0], dtype.bits)
     read(*span, bits)
     return bits
-
-
-def _rebuild_span(
-    rebuilder: Rebuilder, other: Checkpoint | None, name: str, span: tuple[int, int]
-) -> tuple[Bits, bool, float, float]:
-    """The rebuilt bits; whether the other checkpoint has the same (-0.0 is not 0.0); the squared norms of the
-    difference to it and of its values.
-    """
-    bits = np.empty(span[1] - span[0], rebuilder.dtype.bits)
-    rebuilder.read(*span, bits)
-    if other is None:
-        return bits, True, 0.0, 0.0
-    expected = np.empty_like(bits)
-    other.read(name, *span, expected)
-    same = np.array_equal(bits, expected)
-    if not rebuilder.dtype.is_float:
-        return bits, same, float(np.count_nonzero(bits != expected)), float(bits.size)
-    wide = np.dtype("f8")
-    values = widen(expected, rebuilder.dtype, wide)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        wrong = np.where(bits == expected, 0.0, widen(bits, rebuilder.dtype, wide) - values)
-        return bits, same, float(np.dot(wrong, wrong)), float(np.dot(values, values))
 
 
 def _is_stated(archive: Archive, name: str, errors: dict[str, float]) -> bool:

@@ -65,7 +65,11 @@ def planes(data: bytes, dtype: str, filter_: str) -> list[bytes]:
         top = 8 * (w - 2)  # the upper 16 bits begin here
         exponents = [u >> top + 7 & 0xFF for u in elements]
         rests = [(u >> top + 8 & 0x80) | (u >> top & 0x7F) for u in elements]
-        return [bytes(exponents), bytes(rests)] + [bytes(u >> 8 * (w - 1 - j) & 255 for u in elements) for j in range(2, w)]
+        return [bytes(exponents), bytes(rests), *byte_planes(elements, w)[2:]]
+    return byte_planes(elements, w)
+
+
+def byte_planes(elements: list[int], w: int) -> list[bytes]:
     return [bytes(u >> 8 * (w - 1 - j) & 255 for u in elements) for j in range(w)]
 
 

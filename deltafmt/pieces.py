@@ -1,0 +1,50 @@
+"""Tensors of an archive rebuilt piece by piece, in parallel and across tensors: what `unpack` writes and `verify`
+checks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from typing import NamedTuple
+
+from .pipeline import Pipeline
+from .reader import Archive
+from .rebuild import Rebuilder, good_step
+
+_PIECE_BYTES = 4 << 20
+_AHEAD = 8  # tensors whose recipes are bound, and whose base tensors are verified, before their turn
+
+
+class Piece(NamedTuple):
+    """Elements `[lo, hi)` of a tensor; `last` if none follow. `rebuilder` is ready, or being made ready, by then."""
+
+    name: str
+    rebuilder: Future[Rebuilder]
+    lo: int
+    hi: int
+    last: bool
+
+    @property
+    def nbytes(self) -> int:
+        """A bound of what the piece takes in memory."""
+        return 8 * (self.hi - self.lo)
+
+
+def pieces(archive: Archive, names: Iterable[str], pipeline: Pipeline) -> Iterator[Piece]:
+    """The pieces of these tensors, in order, about 4 MiB each; an empty tensor has one empty piece."""
+    ahead: deque[tuple[str, Future[Rebuilder]]] = deque()
+    for name in names:
+        ahead.append((name, pipeline.submit(lambda name=name: archive.rebuilder(name))))  # type: ignore[misc]
+        if len(ahead) > _AHEAD:
+            yield from _split(archive, *ahead.popleft())
+    while ahead:
+        yield from _split(archive, *ahead.popleft())
+
+
+def _split(archive: Archive, name: str, rebuilder: Future[Rebuilder]) -> Iterator[Piece]:
+    info = archive.tensors[name]
+    step = good_step(info.shape, info.dtype.width, _PIECE_BYTES // info.dtype.width)
+    for lo in range(0, max(info.count, 1), step):
+        hi = min(lo + step, info.count)
+        yield Piece(name, rebuilder, lo, hi, hi == info.count)
