@@ -30,6 +30,8 @@ from .sources import BASE_ID, PathLike, check_apart, check_lossless, open_source
 from .version import __version__
 from .writer import SHARD_BYTES, ArchiveWriter
 
+_FEW_CHUNKS = 16  # a tensor of more is encoded by all threads together, chunk by chunk
+
 METHODS = ("auto", "lossless", "lowrank")
 
 
@@ -197,7 +199,10 @@ class _Packer:
             return _Prepared(found, bits, factored=factored)
         if (info.dtype.name, info.shape, found) in self._copies:
             return _Prepared(found, bits)
-        return _Prepared(found, bits, choose(info.dtype, info.shape, bits, self._prediction(name, info)))
+        coding = choose(info.dtype, info.shape, bits, self._prediction(name, info))
+        if coding.chunks <= _FEW_CHUNKS:
+            coding.encode()
+        return _Prepared(found, bits, coding)
 
     def _read(self, checkpoint: Checkpoint, name: str) -> Bits:
         """A whole tensor in a buffer of the pool; `_release` gives it back."""

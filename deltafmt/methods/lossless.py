@@ -32,7 +32,7 @@ class Coding:
     encoding: Encoding
     bits: Bits
     prediction: Prediction | None = None
-    _sampled: dict[int, tuple[Bits, list[Any]]] = field(default_factory=dict, repr=False, compare=False)
+    _encoded: dict[int, tuple[Bits, list[Any]]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def array_dtype(self) -> Dtype:
@@ -54,16 +54,21 @@ class Coding:
 
     def chunk(self, index: int) -> tuple[Bits, list[Any]]:
         """One chunk: its elements, and the stored bytes of its planes."""
-        if (known := self._sampled.pop(index, None)) is not None:
+        if (known := self._encoded.pop(index, None)) is not None:
             return known
         elements = self.elements(index)
         return elements, encode_chunk(elements, self.encoding)
+
+    def encode(self) -> None:
+        """Encode every chunk now, to be handed out by `chunk` later."""
+        for index in range(self.chunks):
+            self._encoded[index] = self.chunk(index)
 
     def estimate(self) -> float:
         """Bytes that the array would take, chunk table included; exact for up to two chunks, else from two of them."""
         stored = elements = 0
         for index in sorted({self.chunks // 4, 3 * self.chunks // 4}) if self.chunks else []:
-            bits, planes = self._sampled[index] = self.chunk(index)
+            bits, planes = self._encoded[index] = self.chunk(index)
             stored += sum(memoryview(plane).nbytes for plane in planes)
             elements += bits.size
         table = 8 * self.encoding.table_words(self.array_dtype, self.bits.size)
