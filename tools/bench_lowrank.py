@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +23,16 @@ import deltafmt
 import fixtures
 import synthetic
 from deltafmt.dtypes import DTYPES
+from deltafmt.gemm import one_thread_each
 from deltafmt.methods.svd import truncated_svd
 from deltafmt.operators import Facts, Lowrank, Stored, Sum, Target
 from deltafmt.operators.base import Read
-from deltafmt.rebuild import Rebuilder
+from deltafmt.pipeline import Pipeline
+from deltafmt.rebuild import Rebuilder, good_step
 from measure import Cell, Report, Timed, in_turns
 from plain_checkpoint import Array
 
 SIDE = 4096
-BLOCK = 256 * SIDE
 THREADS = 2
 
 
@@ -90,32 +90,37 @@ def _rebuild_row(base: Array, rank: int, rng: np.random.Generator, repeats: int)
     recipe = Sum((Stored("w"), Lowrank(Stored("a"), Stored("b"))))
     target = Target("w", DTYPES["BF16"], base.shape, np.dtype(np.float32))
     out = np.empty(base.size, np.uint16)
+    step = good_step(base.shape, 2, 1 << 21)
 
     def ours() -> None:
         Rebuilder(recipe, memory, memory, target).read(0, out.size, out)
 
-    def ours_in_threads() -> None:
+    def unpacked() -> None:
+        """As `unpack` does it: pieces in a pool, one thread of torch for each."""
         rebuilder = Rebuilder(recipe, memory, memory, target)
 
-        def block(begin: int) -> None:
-            rebuilder.read(begin, begin + BLOCK, out[begin : begin + BLOCK])
+        def piece(begin: int) -> None:
+            rebuilder.read(begin, begin + step, out[begin : begin + step])
 
-        list(pool.map(block, range(0, out.size, BLOCK)))
+        with one_thread_each(), Pipeline(THREADS) as pipeline:
+            for _ in pipeline.ordered(range(0, out.size, step), piece, lambda _: 1):
+                pass
 
     wide_a, wide_b = a.astype(np.float32), b.astype(np.float32)
     base_t = torch.from_numpy(base.view(np.int16)).view(torch.bfloat16)
     a_t, b_t = torch.from_numpy(wide_a), torch.from_numpy(wide_b)
-    with ThreadPoolExecutor(THREADS) as pool:
-        timed = {
-            "deltafmt": Timed(ours),
-            f"deltafmt, blocks in {THREADS} threads": Timed(ours_in_threads),
-            "numpy, one expression": Timed(
-                lambda: (base.astype(np.float32) + wide_b.T @ wide_a).astype(ml_dtypes.bfloat16)
-            ),
-            "torch, one expression": Timed(lambda: (base_t.float() + b_t.T @ a_t).bfloat16()),
-            "memory copy": Timed(lambda: np.copyto(out, base.view(np.uint16).reshape(-1))),
-        }
-        speed = in_turns(timed, repeats)
+    product = torch.empty(base.shape)
+    timed = {
+        "deltafmt, as unpack does it": Timed(unpacked),
+        "deltafmt, one call": Timed(ours),
+        "numpy, one expression": Timed(
+            lambda: (base.astype(np.float32) + wide_b.T @ wide_a).astype(ml_dtypes.bfloat16)
+        ),
+        "torch, one expression": Timed(lambda: (base_t.float() + b_t.T @ a_t).bfloat16()),
+        "bare GEMM (torch, fp32)": Timed(lambda: torch.mm(b_t.T, a_t, out=product)),
+        "memory copy": Timed(lambda: np.copyto(out, base.view(np.uint16).reshape(-1))),
+    }
+    speed = in_turns(timed, repeats)
     return {"rank": rank} | {name: base.nbytes / seconds / 1e9 for name, seconds in speed.items()}
 
 
