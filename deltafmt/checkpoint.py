@@ -37,9 +37,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class WeightFileLayout:
-    """A weight file as `unpack` will write it: its name, and the bytes of its safetensors header (without the length
-    before them).
-    """
+    """A weight file as `unpack` will write it: its name, and its safetensors header (without the length before it)."""
 
     name: str
     header: bytes

@@ -7,179 +7,25 @@ Data goes to stdout, everything else to stderr. Exit codes: 0 ok, 1 I/O, 2 usage
 from __future__ import annotations
 
 import io
-import json
-import math
-import re
+import os
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields
-from decimal import Decimal
-from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import click
 
-from .errors import AccessError, DeltafmtError, IntegrityError, UsageError
+from .arguments import JOBS, LIMIT, OVERWRITE, QUIET, VERBOSE, Number, Settings, common, layout, model, size
+from .errors import DeltafmtError, IntegrityError, UsageError
 from .inspect import inspect
-from .limits import DEFAULT_LIMITS, Limits
-from .methods.sharing import Parts, parse_layout
+from .methods.sharing import Parts
+from .outcome import Stopped, StoppedError, explained, stoppable, tell
 from .pack import METHODS, pack
-from .report import Progress, Report, silent
 from .unpack import unpack
 from .verify import verify
 from .version import __version__
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-_SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?) ?(B|(?:[KMGT]i?)B)?", re.IGNORECASE | re.ASCII)
-_DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-# What a user may write
-
-
-def size(text: str) -> int:
-    """Bytes, at least one, of `500MB`, `2GiB`, `1.5GB` or `4096`. A bare `500M` is refused: it may mean either."""
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
-        raise click.BadParameter(
-            f"{text!r} is not a size. Write bytes, or a number with kB, MB, GB, TB (powers of 1000) "
-            "or KiB, MiB, GiB, TiB (powers of 1024): 500MB, 2GiB, 1.5GB"
-        )
-    prefix = (found[2] or "").upper().removesuffix("B")
-    unit = _BINARY[prefix[0]] if prefix.endswith("I") else _DECIMAL[prefix]
-    nbytes = int(Decimal(found[1]) * unit)
-    if nbytes < 1:
-        raise click.BadParameter(f"{text!r} is less than one byte")
-    return nbytes
-
-
-def layout(text: str) -> str:
-    """Which layers share an anchor layer: the text itself, once it is known to make sense."""
-    try:
-        parse_layout(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
-    return text
-
-
-def limit(text: str) -> tuple[str, int]:
-    """`NAME=VALUE`: the name of a limit and what it is to be; sizes may have units."""
-    name, equals, value = text.partition("=")
-    known = [field.name for field in fields(Limits)]
-    if not equals or name not in known:
-        raise click.BadParameter(f"{text!r} is not NAME=VALUE with NAME one of {', '.join(known)}")
-    return name, size(value)
-
-
-class Number(click.FloatRange):
-    """A finite number in a range."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number. Neither `nan` nor `inf` is one."""
-        number = float(super().convert(value, param, ctx))
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is not a finite number", param, ctx)
-        return number
-
-
-@dataclass
-class Settings:
-    """What is common to all commands."""
-
-    limits: Limits = DEFAULT_LIMITS
-    quiet: bool = False
-    verbose: bool = False
-    json: bool = False
-
-    def progress(self, verb: str) -> AbstractContextManager[Progress]:
-        """A progress bar on a terminal; else a line per tensor if the user wants to hear it, and silence if not."""
-        if not self.quiet and sys.stderr.isatty():
-            from .tables import progress_bar
-
-            return progress_bar(verb, log=self.verbose)
-        return nullcontext(_log() if self.verbose and not self.quiet else silent)
-
-    def show(self, report: Report, **options: Any) -> None:
-        """Print a report: one JSON object, or tables."""
-        if self.json:
-            click.echo(_as_json(report.as_dict()))
-        elif not self.quiet:
-            from .tables import show
-
-            show(report, **options)
-
-
-def _log() -> Progress:
-    """Progress as lines on stderr, one for each thing that is worked on."""
-    last = ""
-
-    def tell(done: int, total: int, what: str) -> None:
-        nonlocal last
-        if what and what != last:
-            click.echo(f"deltafmt: {_printable(what)}", err=True)
-            last = what
-
-    return tell
-
-
-def _flag(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
-    def remember(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-        if value:
-            setattr(ctx.ensure_object(Settings), name, True)
-
-    return remember
-
-
-def _change_limits(ctx: click.Context, param: click.Parameter, value: Sequence[tuple[str, int]]) -> None:
-    settings = ctx.ensure_object(Settings)
-    settings.limits = settings.limits.raised(**dict(value))
-
-
-_LIMIT = click.option(
-    "--limit",
-    type=limit,
-    metavar="NAME=VALUE",
-    multiple=True,
-    expose_value=False,
-    callback=_change_limits,
-    help="Change a cap on what a file may hold, e.g. tensor_bytes=1TiB. Repeatable.",
-)
-_QUIET = click.option(
-    "-q", "--quiet", is_flag=True, expose_value=False, callback=_flag("quiet"), help="Print errors only (and --json)."
-)
-_VERBOSE = click.option(
-    "-v",
-    "--verbose",
-    is_flag=True,
-    expose_value=False,
-    callback=_flag("verbose"),
-    help="Name each tensor as it is worked on; show the traceback of an error.",
-)
-_JSON = click.option(
-    "--json",
-    is_flag=True,
-    expose_value=False,
-    callback=_flag("json"),
-    help="Print one JSON object to stdout, and nothing else; errors too.",
-)
-_JOBS = click.option(
-    "--jobs", type=click.IntRange(min=1), metavar="N", show_default="one per processor", help="Threads."
-)
-_OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace DST if it holds a checkpoint or an archive.")
-
-
-def _common(function: _Function) -> _Function:
-    """The options that every command has, at the end of its help."""
-    return _JSON(_LIMIT(_QUIET(_VERBOSE(function))))
-
-
-# The commands
 
 
 @click.group(
@@ -194,16 +40,16 @@ def _common(function: _Function) -> _Function:
     """,
 )
 @click.version_option(__version__, prog_name="deltafmt", message="%(prog)s %(version)s")
-@_LIMIT
-@_QUIET
-@_VERBOSE
+@LIMIT
+@QUIET
+@VERBOSE
 @click.pass_context
 def program(ctx: click.Context) -> None:
     """Store shared model weights once, and only what differs for the rest.
 
     deltafmt packs a Hugging Face checkpoint into an archive: a directory with the weights compressed, identical tensors
     stored once, and those of a fine-tune as their difference to a base model. Unless a lossy option is given, every
-    file comes back byte for byte.
+    file comes back byte for byte; .bin and .pt files come back as safetensors, with the same tensors.
 
     A model is named by a directory (safetensors, sharded or not; .bin and .pt need the extra 'torch'), a weight file,
     an archive, or a Hub id such as org/name or org/name@revision (needs the extra 'hub').
@@ -218,9 +64,11 @@ def program(ctx: click.Context) -> None:
 
 
 @program.command("pack", short_help="Pack a checkpoint into an archive.")
-@click.argument("src")
-@click.argument("dst")
-@click.option("--base", metavar="BASE", help="The model that SRC was made from; only the difference is stored.")
+@click.argument("src", type=model)
+@click.argument("dst", type=model)
+@click.option(
+    "--base", type=model, metavar="BASE", help="The model that SRC was made from; only the difference is stored."
+)
 @click.option(
     "--method",
     type=click.Choice(METHODS),
@@ -260,10 +108,10 @@ def program(ctx: click.Context) -> None:
 )
 @click.option("--exclude", metavar="GLOB", multiple=True, help="Tensors of these names stay lossless. Repeatable.")
 @click.option("--force", is_flag=True, help="Share layers even if they are not alike.")
-@_JOBS
-@_OVERWRITE
+@JOBS
+@OVERWRITE
 @click.option("--dry-run", is_flag=True, help="Do all the work and report the sizes, but write nothing.")
-@_common
+@common
 @click.pass_obj
 def pack_command(settings: Settings, /, src: str, dst: str, share_parts: Parts, **options: Any) -> None:
     """Pack the checkpoint SRC into an archive, the new directory DST.
@@ -299,9 +147,9 @@ def pack_command(settings: Settings, /, src: str, dst: str, share_parts: Parts, 
 
 
 @program.command("unpack", short_help="Unpack an archive into a plain checkpoint.")
-@click.argument("src")
-@click.argument("dst")
-@click.option("--base", metavar="BASE", help="The base that SRC was packed against, if it was.")
+@click.argument("src", type=model)
+@click.argument("dst", type=model)
+@click.option("--base", type=model, metavar="BASE", help="The base that SRC was packed against, if it was.")
 @click.option("--dtype", metavar="T", help="Cast float tensors to bfloat16, float16, float32 or float64.")
 @click.option(
     "--max-shard-size",
@@ -309,9 +157,9 @@ def pack_command(settings: Settings, /, src: str, dst: str, share_parts: Parts, 
     metavar="SIZE",
     help="Write new weight files of at most this size. SIZE is 500MB, 2GiB, 1.5GB.",
 )
-@_JOBS
-@_OVERWRITE
-@_common
+@JOBS
+@OVERWRITE
+@common
 @click.pass_obj
 def unpack_command(settings: Settings, /, src: str, dst: str, **options: Any) -> None:
     """Unpack the archive SRC into a plain Hugging Face checkpoint, the new directory DST.
@@ -331,9 +179,9 @@ def unpack_command(settings: Settings, /, src: str, dst: str, **options: Any) ->
 
 
 @program.command("inspect", short_help="Show what is inside an archive.")
-@click.argument("src")
+@click.argument("src", type=model)
 @click.option("--tensors", is_flag=True, help="List every tensor.")
-@_common
+@common
 @click.pass_obj
 def inspect_command(settings: Settings, /, src: str, tensors: bool) -> None:
     """Show what is inside the archive SRC: sizes, ranks, what shares with what, the base it needs, the files.
@@ -351,10 +199,14 @@ def inspect_command(settings: Settings, /, src: str, tensors: bool) -> None:
 
 
 @program.command("verify", short_help="Check an archive, or compare it with a checkpoint.")
-@click.argument("src")
-@click.option("--base", metavar="BASE", help="The base that SRC was packed against. Without it, the rest is checked.")
-@click.option("--against", metavar="CHECKPOINT", help="Compare with this model, tensor by tensor and file by file.")
-@_common
+@click.argument("src", type=model)
+@click.option(
+    "--base", type=model, metavar="BASE", help="The base that SRC was packed against. Without it, the rest is checked."
+)
+@click.option(
+    "--against", type=model, metavar="CHECKPOINT", help="Compare with this model, tensor by tensor and file by file."
+)
+@common
 @click.pass_context
 def verify_command(ctx: click.Context, src: str, base: str | None, against: str | None) -> None:
     """Check every byte of the archive SRC and rebuild every tensor.
@@ -377,42 +229,6 @@ def verify_command(ctx: click.Context, src: str, base: str | None, against: str 
         ctx.exit(IntegrityError.exit_code)
 
 
-# Running, and what may go wrong
-
-
-class StoppedError(DeltafmtError):
-    """A signal ended the work."""
-
-
-class _Stopped(BaseException):
-    """Raised by a signal, so that every `with` block cleans up."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP raise `_Stopped`, once: nothing may cut the cleaning up short."""
-    previous: dict[int, Any] = {}
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        for each in previous:
-            signal.signal(each, signal.SIG_IGN)
-        raise _Stopped(number)
-
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-                previous[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, action in previous.items():
-            signal.signal(number, action)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code.
 
@@ -421,79 +237,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     settings = Settings()
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may know fewer characters than a tensor's name
     try:
-        with _stoppable():
+        with stoppable():
             code: int | None = program.main(arguments, prog_name="deltafmt", standalone_mode=False, obj=settings)
         return code or 0
     except SystemExit as done:  # a reader of our output has gone
         return done.code if isinstance(done.code, int) else 1
-    except _Stopped as stopped:
+    except Stopped as stopped:
         name = "interrupted" if stopped.number == signal.SIGINT else f"stopped by {signal.Signals(stopped.number).name}"
         error: DeltafmtError = StoppedError(f"{name}; nothing was left behind")
         code = 128 + stopped.number
     except Exception as problem:
-        error = _explained(problem)
+        error = explained(problem)
         code = error.exit_code
         if settings.verbose:
             traceback.print_exc()
     with suppress(OSError):
-        _tell(error, code, as_json=settings.json or "--json" in arguments)
+        tell(error, code, as_json=settings.json or "--json" in arguments)
     return code
 
 
-def _explained(error: Exception) -> DeltafmtError:
-    """Whatever was raised, as an error of ours."""
-    if isinstance(error, DeltafmtError):
-        return error
-    if isinstance(error, click.UsageError):
-        path = error.ctx.command_path if error.ctx else "deltafmt"
-        return UsageError(error.format_message().rstrip(".").replace("\n", " "), hint=f"See: {path} --help")
-    if isinstance(error, OSError):
-        return AccessError(error.strerror or str(error), where=str(error.filename or ""))
-    if isinstance(error, MemoryError):
-        return AccessError("not enough memory", hint="Fewer threads need less: pack and unpack take --jobs 1")
-    return DeltafmtError(
-        f"unexpected {type(error).__name__}: {error}",
-        hint="This is a bug in deltafmt. Please report it, with what --verbose adds",
-    )
-
-
-def _tell(error: DeltafmtError, code: int, *, as_json: bool) -> None:
-    """Print an error: one line to stderr and one with the hint; with --json also an object to stdout."""
-    if as_json:
-        entry = {
-            "class": type(error).__name__,
-            "reason": error.reason or None,
-            "message": error.what,
-            "where": error.where or None,
-            "expected": error.expected,
-            "found": error.found,
-            "hint": error.hint or None,
-            "exit_code": code,
-        }
-        click.echo(_as_json({"error": entry}))
-    line = str(error).removesuffix(f". {error.hint}") if error.hint else str(error)
-    click.echo(f"deltafmt: {_printable(line if isinstance(error, StoppedError) else f'error: {line}')}", err=True)
-    if error.hint:
-        click.echo(f"deltafmt: hint: {_printable(error.hint)}", err=True)
-
-
-def _printable(text: str) -> str:
-    """The text on one line, without characters that command a terminal."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
-def _as_json(report: dict[str, Any]) -> str:
-    return json.dumps(_finite(report), indent=2, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    """The same, with None for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _open_closed_streams() -> None:
+    """Open on nothing what the caller closed (`>&-`) of stdin, stdout and stderr, in the order of their numbers: each
+    gets its own again. Otherwise the next file opened, an archive's maybe, would get it, and what is printed with it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115

@@ -84,8 +84,7 @@ def dtype(name: object, where: str = "") -> Dtype:
 
 
 def round_to(values: npt.NDArray[Any], target: Dtype, out: Bits | None = None) -> Bits:
-    """Round float values to a float dtype: to nearest, ties to even, NaN quiet with a zero payload
-    (spec/arithmetic.md).
+    """Round float values to a float dtype as spec/arithmetic.md says: to nearest, ties to even, NaN quiet.
 
     Args:
         values: float32 or float64, any shape.
@@ -110,8 +109,10 @@ def round_to(values: npt.NDArray[Any], target: Dtype, out: Bits | None = None) -
 
 
 def _round_to_odd(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """float64 as float32 that rounds to bf16 as the float64 would: inexact values go to the odd neighbour, which is no
-    tie (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008). `ml_dtypes` rounds twice.
+    """float64 as float32 that rounds to bf16 as the float64 would; `ml_dtypes` rounds twice.
+
+    Inexact values go to the odd neighbour, which is no tie (Boldo, Melquiond, "Emulation of a FMA and correctly rounded
+    sums: proved algorithms using rounding to odd", 2008).
     """
     near = values.astype(np.float32)
     bits = near.view(np.uint32)

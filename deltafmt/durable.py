@@ -126,7 +126,8 @@ class Staging:
             for folder in reversed(missing):
                 folder.mkdir()
                 self._made.append(folder)
-            self.path = parent / f".{self.destination.name}.deltafmt-{secrets.token_hex(6)}"
+            # A name may have 255 bytes; 48 characters leave room for the rest of this one.
+            self.path = parent / f".{self.destination.name[:48]}.deltafmt-{secrets.token_hex(6)}"
             self.path.mkdir()
         except OSError as error:
             self._remove_parents()
@@ -163,21 +164,19 @@ class Staging:
         try:
             for folder, _, _ in os.walk(self.path):
                 _sync_directory(Path(folder))
-            replaced: Path | None = None
             check_destination(self.destination, overwrite=self._overwrite)
-            if os.path.lexists(self.destination):
-                replaced = self.path.with_name(f"{self.path.name}-replaced")
-                os.rename(self.destination, replaced)
+            replaced = self.path.with_name(f"{self.path.name}-replaced")
             try:
+                if os.path.lexists(self.destination):
+                    os.rename(self.destination, replaced)
                 os.rename(self.path, self.destination)
-            except OSError:
-                if replaced is not None:
+            except BaseException:  # Ctrl-C between the two as well
+                if os.path.lexists(replaced) and not os.path.lexists(self.destination):
                     os.rename(replaced, self.destination)
                 raise
             self._made.clear()
             _sync_directory(self.destination.parent)
-            if replaced is not None:
-                shutil.rmtree(replaced, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
         except OSError as error:
             raise _failed(self.destination, error) from error
 
@@ -237,7 +236,9 @@ def check_destination(destination: Path, *, overwrite: bool) -> None:
 def _replaceable(folder: Path) -> bool:
     names = [entry.name for entry in folder.iterdir()]
     return not names or any(
-        name in ("deltafmt.json", "config.json") or name.endswith((".safetensors", ".bin", ".index.json"))
+        name == "deltafmt.json"
+        or name.endswith((".safetensors", ".safetensors.index.json"))
+        or (name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")))
         for name in names
     )
 

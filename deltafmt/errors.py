@@ -55,14 +55,14 @@ class DeltafmtError(Exception):
         pair = [f"{name} {value}" for name, value in (("expected", self.expected), ("found", self.found)) if value]
         if pair:
             text += f" ({', '.join(pair)})"
-        return _printable(f"{text}. {self.hint}" if self.hint else text)
+        return printable(f"{text}. {self.hint}" if self.hint else text)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (type(self), self.what, self.__dict__.copy()))
 
 
-def _printable(text: str) -> str:
-    """One line for a terminal, whatever names a file holds: control characters and lone surrogates are escaped."""
+def printable(text: str) -> str:
+    """One line for a terminal, whatever names a file holds: what commands it and lone surrogates are escaped."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

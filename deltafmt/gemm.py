@@ -40,7 +40,7 @@ def add_product(into: npt.NDArray[Any], b: npt.NDArray[Any], a: npt.NDArray[Any]
         b: `[r, m]`, a: `[r, n]`, of the same dtype.
     """
     torch = installed_torch()
-    if torch is not None:
+    if torch is not None and torch.get_float32_matmul_precision() == "highest":  # else it may round the operands
         torch.from_numpy(into).addmm_(torch.from_numpy(b).T, torch.from_numpy(a), beta=0 if first else 1)
         return
     with _ONE_AT_A_TIME:
@@ -76,14 +76,23 @@ def _torch_rounds_to_bf16() -> bool:
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Have torch use one thread for each of ours: a pool of ours keeps every core busy already."""
+    """Have torch use one thread for each of ours: a pool of ours keeps every core busy already.
+
+    Torch's setting is the process's: whoever leaves last puts it back to what the first found.
+    """
     torch = installed_torch()
     if torch is None:
         yield
         return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with _SETTING:
+        _FOUND.append(torch.get_num_threads())
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _SETTING:
+            torch.set_num_threads(_FOUND.pop())
+
+
+_SETTING = threading.Lock()
+_FOUND: list[int] = []  # by each caller inside; all but the first found 1

@@ -1,6 +1,4 @@
-"""The weight files that `unpack` writes: those of the original checkpoint, or the same tensors in another dtype or in
-other shards.
-"""
+"""The weight files that `unpack` writes: the original ones, or the same tensors in another dtype or other shards."""
 
 from __future__ import annotations
 
@@ -34,8 +32,9 @@ class OutputLayout:
 
 
 def original_layout(archive: Archive) -> OutputLayout:
-    """The layout of the original checkpoint. Raises `MalformedError` (reason `checkpoint`) if it does not fit the
-    tensors.
+    """The layout of the original checkpoint.
+
+    Raises `MalformedError` (reason `checkpoint`) if it does not fit the tensors.
     """
     files = []
     seen: set[str] = set()
@@ -86,8 +85,9 @@ def output_dtype(name: str) -> Dtype:
 
 
 def new_layout(archive: Archive, cast: Dtype | None, max_shard_bytes: int | None) -> OutputLayout:
-    """The original layout with float tensors in another dtype, or with other shards of at most `max_shard_bytes` (a
-    larger tensor gets its own).
+    """The original layout with float tensors in another dtype, or in other shards.
+
+    Shards are of at most `max_shard_bytes` of tensors; a larger tensor gets its own.
     """
     original = original_layout(archive)
     groups = [(file.name, _cast(file.tensors, cast), _metadata(file.header)) for file in original.files]

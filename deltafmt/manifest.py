@@ -39,9 +39,7 @@ class Shard:
 
 
 class Array(NamedTuple):
-    """A stored array. `shard` is an index into `Manifest.shards`, `table` the index of its first word in the chunk
-    table.
-    """
+    """A stored array. `shard` is an index into `Manifest.shards`, `table` that of its first word in the chunk table."""
 
     dtype: Dtype
     shape: Shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from .errors import MalformedError
+from .errors import MalformedError, printable
 from .limits import COMPONENT_BYTES, NAME_BYTES
 
 MANIFEST = "deltafmt.json"
@@ -36,7 +36,7 @@ def check_name(name: str, where: str) -> str:
 
 
 def _check_any_name(name: str, where: str) -> str:
-    if not name or _UNPRINTABLE.search(name) or _length(name) > NAME_BYTES:
+    if not name or _UNPRINTABLE.search(name) or (len(name) > 255 and _length(name) > NAME_BYTES):
         raise _refused(name, where)
     return name
 
@@ -92,8 +92,8 @@ def check_no_clash(file_names: Iterable[str], where: str) -> None:
 
 
 def escaped(name: str) -> str:
-    """A name as it can be shown on a terminal: no control characters, no surrogates, not longer than 200 characters."""
-    text = ascii(name)[1:-1] if _UNPRINTABLE.search(name) else name
+    """A name as it can be shown on a terminal: `errors.printable`, and not longer than 200 characters."""
+    text = printable(name)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 

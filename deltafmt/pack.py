@@ -26,7 +26,16 @@ from .pipeline import IN_FLIGHT_BYTES, Pipeline
 from .report import PackReport, Progress, silent
 from .roles import role_bytes, tensor_reports
 from .scratch import BufferPool
-from .sources import BASE_ID, PathLike, check_apart, check_lossless, open_source, provenance
+from .sources import (
+    BASE_ID,
+    PathLike,
+    check_apart,
+    check_source,
+    check_usable_base,
+    local_path,
+    open_source,
+    provenance,
+)
 from .version import __version__
 from .writer import SHARD_BYTES, ArchiveWriter
 
@@ -104,15 +113,17 @@ def pack(
         )
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        checkpoint = stack.enter_context(open_source(src, base=base, limits=limits))
-        reference = stack.enter_context(open_source(base, limits=limits)) if base is not None else None
-        check_apart(Path(dst), src, base)
+        source, origin = local_path(src), local_path(base) if base is not None else None
+        checkpoint = stack.enter_context(open_source(source, base=origin, limits=limits))
+        reference = stack.enter_context(open_source(origin, limits=limits)) if origin is not None else None
+        check_source(checkpoint)
+        check_apart(Path(dst), source, origin)
         area = stack.enter_context((DryRun if dry_run else Staging)(Path(dst), overwrite=overwrite))
         pipeline = stack.enter_context(Pipeline(jobs))
         packer = _Packer(checkpoint, reference, pipeline, area, progress, shard_bytes)
-        if base is not None and reference is not None:
-            check_lossless(reference)
-            packer.identify_base(*provenance(base))
+        if origin is not None and reference is not None:
+            check_usable_base(reference)
+            packer.identify_base(*provenance(origin))
         if request is not None:
             packer.plan(request)
         manifest = packer.run()
@@ -132,6 +143,7 @@ def pack(
         base=None if base is None else str(base),
         method="lossless" if request is None else "lowrank",
         dry_run=dry_run,
+        non_finite=packer.non_finite,
         roles=role_bytes(manifest, packer.array_bytes, len(manifest.to_bytes()), stored),
     )
 
@@ -243,7 +255,12 @@ class _Packer:
             self._writer.add_sidecar(sidecar, path)
         layout = self._writer.add_layout(self._checkpoint)
         self._progress(self._total, self._total, "done")
-        return self._writer.finish(layout, self._bases, {"producer": f"deltafmt {__version__}"})
+        bases = self._bases if self._uses_base() else {}
+        return self._writer.finish(layout, bases, {"producer": f"deltafmt {__version__}"})
+
+    def _uses_base(self) -> bool:
+        nodes = (node for tensor in self._writer.tensors.values() for node in tensor.recipe.walk())
+        return any(isinstance(node, Ref) and node.base is not None for node in nodes)
 
     def _store(self, name: str, info: TensorInfo, prepared: _Prepared) -> Tensor:
         if prepared.factored is not None:
@@ -281,6 +298,11 @@ class _Packer:
             self._progress(self._done, self._total, "")
             yield planes
         self._done = done
+
+    @property
+    def non_finite(self) -> dict[str, int]:
+        """NaN and infinities that kept a tensor lossless, per tensor."""
+        return self._lowrank.non_finite if self._lowrank is not None else {}
 
     # Sizes
 

@@ -1,11 +1,11 @@
-"""Tensors of an archive rebuilt piece by piece, in parallel and across tensors: what `unpack` writes and `verify`
-checks."""
+"""Tensors of an archive cut into pieces, in parallel and across tensors: what `unpack` writes and `verify` checks."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import NamedTuple
 
 from .pipeline import Pipeline
@@ -35,7 +35,7 @@ def pieces(archive: Archive, names: Iterable[str], pipeline: Pipeline) -> Iterat
     """The pieces of these tensors, in order, about 4 MiB each; an empty tensor has one empty piece."""
     ahead: deque[tuple[str, Future[Rebuilder]]] = deque()
     for name in names:
-        ahead.append((name, pipeline.submit(lambda name=name: archive.rebuilder(name))))  # type: ignore[misc]
+        ahead.append((name, pipeline.submit(partial(archive.rebuilder, name))))
         if len(ahead) > _AHEAD:
             yield from _split(archive, *ahead.popleft())
     while ahead:
@@ -48,3 +48,10 @@ def _split(archive: Archive, name: str, rebuilder: Future[Rebuilder]) -> Iterato
     for lo in range(0, max(info.count, 1), step):
         hi = min(lo + step, info.count)
         yield Piece(name, rebuilder, lo, hi, hi == info.count)
+
+
+def check_rest_of_bases(archive: Archive, pipeline: Pipeline) -> None:
+    """Check the digests of base tensors that no recipe asked for: a base must be the whole of what it was."""
+    for base in archive.bases.values():
+        for _ in pipeline.ordered(base.unverified(), base.verify, base.nbytes):
+            pass

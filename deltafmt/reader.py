@@ -1,11 +1,12 @@
-"""Reading an archive: everything that can be checked without tensor bytes is checked when it is opened; chunks are
-checked as they are read.
+"""Reading an archive.
+
+What can be checked without tensor bytes is checked when it is opened; chunks are checked as they are read.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -124,13 +125,13 @@ class Archive(Checkpoint):
     @property
     def files(self) -> tuple[WeightFileLayout, ...]:  # type: ignore[override]
         return tuple(
-            WeightFileLayout(file.name, self.stored_bytes(file.header)) for file in self.manifest.checkpoint.files
+            WeightFileLayout(file.name, self.stored_content(file.header)) for file in self.manifest.checkpoint.files
         )
 
     @property
     def index(self) -> tuple[str, bytes] | None:  # type: ignore[override]
         index = self.manifest.checkpoint.index
-        return index and (index[0], self.stored_bytes(index[1]))
+        return index and (index[0], self.stored_content(index[1]))
 
     @property
     def sidecars(self) -> dict[str, Path]:  # type: ignore[override]
@@ -154,8 +155,9 @@ class Archive(Checkpoint):
     # What recipes read
 
     def rebuilder(self, name: str, depth: int = 0) -> Rebuilder:
-        """The recipe of a tensor bound to this archive and its bases. Raises `WrongBaseError` if a base is needed and
-        missing.
+        """The recipe of a tensor bound to this archive and its bases.
+
+        Raises `UsageError` for an unknown name, `WrongBaseError` if a base is needed and missing or another.
         """
         self._check_open()
         tensor = self.manifest.tensors.get(name)
@@ -167,9 +169,6 @@ class Archive(Checkpoint):
         self._check_open()
         return self._shards[self.manifest.arrays[name].shard].array(name)
 
-    def base_reader(self, base: str, name: str) -> Read:
-        return self.base(base).reader(name)
-
     def base(self, name: str) -> VerifiedBase:
         """A base that was given. Raises `WrongBaseError` (reason `base-missing`) if it was not."""
         if name not in self.bases:
@@ -178,7 +177,8 @@ class Archive(Checkpoint):
                 f"it needs the base '{name}'",
                 where=self.location,
                 expected=known.digest,
-                hint=f"Pass --base{f' {known.repo}' if known.repo else ''} (base= in Python)",
+                hint=f"Pass --base{f' {known.repo}' if known.repo else ''} (base= in Python). "
+                "If this archive is itself what --base names, unpack it first and pass the result",
                 reason="base-missing",
             )
         return self.bases[name]
@@ -188,27 +188,46 @@ class Archive(Checkpoint):
         array = self.manifest.arrays[name]
         out = np.empty(array.numel, array.dtype.bits)
         self.array_reader(name)(0, out.size, out)
-        check_array_digest(self, name, digest(out))
+        self.check_array(name, digest(out))
         return out
 
-    def stored_bytes(self, name: str) -> bytes:
+    def stored_content(self, name: str) -> bytes:
         """The content of a stored array of bytes."""
         return self.stored_array(name).tobytes()
 
+    def check_array(self, name: str, found: str) -> None:
+        """Raise `IntegrityError` (reason `digest`) if this is not a stored array's digest."""
+        self._check_digest(f"stored array '{escaped(name)}'", self.manifest.arrays[name].digest, found)
+
+    def check_tensor(self, name: str, found: str) -> None:
+        """Raise `IntegrityError` (reason `digest`) if this is not the digest of an exact tensor's bytes."""
+        self._check_digest(f"tensor '{escaped(name)}'", self.manifest.tensors[name].digest, found)
+
+    def check_sidecar(self, name: str, found: str) -> None:
+        """Raise `IntegrityError` (reason `digest`) if this is not a sidecar's digest."""
+        self._check_digest(f"sidecar '{escaped(name)}'", self.manifest.sidecars[name].digest, found)
+
+    def _check_digest(self, what: str, expected: str | None, found: str) -> None:
+        if found != expected:
+            raise IntegrityError(
+                f"the {what} does not match its digest",
+                where=self.location,
+                expected=expected,
+                found=found,
+                hint="Download the archive again",
+                reason="digest",
+            )
+
     def original_metadata(self) -> dict[str, str] | None:
         """`__metadata__` of the first original weight file, as safetensors gives it."""
-        for file in self.manifest.checkpoint.files:
-            header = parse(self.stored_bytes(file.header), self.location)
-            metadata: dict[str, str] | None = header.get("__metadata__") if isinstance(header, dict) else None
-            return metadata
-        return None
+        files = self.manifest.checkpoint.files
+        header = parse(self.stored_content(files[0].header), self.location) if files else None
+        metadata: dict[str, str] | None = header.get("__metadata__") if isinstance(header, dict) else None
+        return metadata
 
     def stored_size(self, name: str) -> int:
         """Bytes that a stored array takes in its shard."""
         return self._shards[self.manifest.arrays[name].shard].size(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
 
     def close(self) -> None:
         self._closed = True
@@ -222,37 +241,24 @@ class Archive(Checkpoint):
             raise UsageError("the archive is closed", where=self.location, hint="Read inside the 'with' block")
 
 
-def check_array_digest(archive: Archive, name: str, found: str) -> None:
-    """Raise `IntegrityError` if a stored array's digest is not the manifest's."""
-    expected = archive.manifest.arrays[name].digest
-    if found != expected:
-        raise IntegrityError(
-            f"the stored array '{escaped(name)}' does not match its digest",
-            where=archive.location,
-            expected=expected,
-            found=found,
-            hint="Download the archive again",
-            reason="digest",
-        )
-
-
 class _Depth:
-    """The archive as a recipe's source, knowing how many references led here (so that nested rebuilds use their own
-    buffers).
-    """
+    """The archive as a recipe's source that counts the references followed: nested rebuilds need their own buffers."""
 
     def __init__(self, archive: Archive, depth: int) -> None:
         self._archive, self._depth = archive, depth
         self.array_reader = archive.array_reader
-        self.base_reader = archive.base_reader
 
     def tensor_reader(self, name: str) -> Read:
         return self._archive.rebuilder(name, self._depth + 1).read
 
+    def base_reader(self, base: str, name: str) -> Read:
+        return self._archive.base(base).reader(name, self._depth + 1)
+
 
 class VerifiedBase:
-    """A base that is what the manifest says: dtypes and shapes when it is opened, each tensor's digest before its first
-    use.
+    """A base that is what the manifest says.
+
+    Dtypes and shapes are checked when it is opened, each tensor's digest before its first use.
     """
 
     def __init__(self, name: str, expected: Base, checkpoint: Checkpoint, archive: str) -> None:
@@ -276,11 +282,11 @@ class VerifiedBase:
             reason="base-mismatch",
         )
 
-    def reader(self, tensor: str) -> Read:
-        """A reader of a base tensor, its digest verified."""
+    def reader(self, tensor: str, depth: int) -> Read:
+        """A reader of a base tensor, its digest verified. `depth` counts the references followed to get here."""
         self.verify(tensor)
         if isinstance(self._checkpoint, Archive):
-            return self._checkpoint.rebuilder(tensor, 1).read
+            return self._checkpoint.rebuilder(tensor, depth).read
         return lambda lo, hi, out: self._checkpoint.read(tensor, lo, hi, out)
 
     def verify(self, tensor: str) -> None:

@@ -1,5 +1,6 @@
-"""A tensor's recipe, bound to data: the fast path, block by block, and the ordered reference it must agree with
-(spec/arithmetic.md).
+"""A tensor's recipe, bound to data.
+
+The fast path, block by block, and the ordered reference that it must agree with (spec/arithmetic.md).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from .dtypes import Bits, Dtype, Shape, round_to
 from .encodings import choose_chunk
 from .gemm import round_wide
 from .operators import Operator, Scope, Source, Target
+from .operators.base import ReadValue
 from .scratch import scratch
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -39,16 +41,26 @@ class Rebuilder:
 
     def read(self, lo: int, hi: int, out: Bits) -> None:
         """Elements `[lo, hi)` (flat indices), as bits of the tensor's dtype, into `out`."""
+        if isinstance(self._value, ReadValue):
+            self._value.bits(lo, hi, out)
+            return
+        # Blocks end at multiples of one step, so that a tensor this one refers to has each in one of its own blocks:
+        # its result may lie in scratch memory that a second block would use again.
+        step = good_step(self.target.shape, self.dtype.width, _BLOCK_ELEMENTS)
+        begin = lo
+        while begin < hi:
+            end = min((begin // step + 1) * step, hi)
+            self._read_block(begin, end, out[begin - lo : end - lo])
+            begin = end
+
+    def _read_block(self, lo: int, hi: int, out: Bits) -> None:
         if self._value.facts.dtype is not None:
             self._value.bits(lo, hi, out)
             return
-        step = good_step(self.target.shape, self.dtype.width, _BLOCK_ELEMENTS)
-        for begin in range(lo, hi, step):
-            end = min(begin + step, hi)
-            wide = scratch(self._accumulator, self.target.accumulator, end - begin)
-            with np.errstate(**_SILENT):
-                self._value.accumulate(begin, end, wide, first=True)
-            round_wide(wide, self.dtype, out[begin - lo : end - lo])
+        wide = scratch(self._accumulator, self.target.accumulator, hi - lo)
+        with np.errstate(**_SILENT):
+            self._value.accumulate(lo, hi, wide, first=True)
+        round_wide(wide, self.dtype, out)
 
     def reference(self, lo: int, hi: int) -> Bits:
         """The same elements by the ordered reference: slow, and the definition."""

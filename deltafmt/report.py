@@ -16,9 +16,7 @@ def silent(done: int, total: int, what: str) -> None:
 
 @dataclass(frozen=True)
 class TensorReport:
-    """One tensor: how it is stored, at what size and error. `rank` and `rel_error` are None where they do not apply;
-    sizes in bytes.
-    """
+    """One tensor: how it is stored, at what size (bytes) and error. `rank` is None where there is none."""
 
     method: str
     dtype: str
@@ -31,8 +29,9 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Common to all verbs. `logical_bytes` is the size of the checkpoint, `stored_bytes` that of the archive, every
-    file counted.
+    """Common to all verbs.
+
+    `logical_bytes` is the size of the checkpoint, `stored_bytes` that of the archive, every file counted.
     """
 
     logical_bytes: int
@@ -54,13 +53,17 @@ class Report:
 
 @dataclass(frozen=True)
 class PackReport(Report):
-    """`roles` is that of `InspectReport`."""
+    """`roles` is that of `InspectReport`.
+
+    `non_finite` counts the NaN and infinities of tensors that stay lossless for them, though more was asked.
+    """
 
     source: str = ""
     destination: str = ""
     base: str | None = None
     method: str = "lossless"
     dry_run: bool = False
+    non_finite: dict[str, int] = field(default_factory=dict)
     roles: dict[str, int] = field(default_factory=dict)
 
 

@@ -12,8 +12,9 @@ ROLES = ("base", "factors", "residual", "layout", "sidecar", "manifest", "overhe
 
 
 def array_roles(manifest: Manifest) -> dict[str, str]:
-    """Each stored array's role: `base` (weights stored whole), `factors`, `residual` or `layout` (headers of the
-    original files).
+    """Each stored array's role.
+
+    `base` (weights stored whole), `factors`, `residual`, or `layout` (headers and index of the original files).
     """
     roles = dict.fromkeys(manifest.checkpoint.arrays, "layout")
     for tensor in manifest.tensors.values():

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from .digests import digest
 from .dtypes import Bits, Dtype, Shape, dtype
-from .errors import AccessError, IntegrityError, MalformedError
+from .errors import AccessError, IntegrityError, MalformedError, UsageError
 from .limits import DEFAULT_LIMITS, MAX_INTEGER, Limits
 from .names import escaped
 from .strictjson import Record, parse
@@ -171,7 +171,12 @@ class SafetensorsFile:
         return out
 
     def read_into(self, offset: int, out: Bits) -> None:
-        """Fill a C-contiguous array from a file offset. Raises `IntegrityError` if the file has become shorter."""
+        """Fill a C-contiguous array from a file offset.
+
+        Raises `IntegrityError` if the file has become shorter, `UsageError` if it is closed.
+        """
+        if self._fd < 0:
+            raise UsageError("the file is closed", where=str(self.path), hint="Read inside the 'with' block")
         view = memoryview(out.view(np.uint8)).cast("B")
         done = 0
         while done < len(view):

@@ -1,5 +1,6 @@
-"""Names of one manifest resolved: operands exist and fit, references end, nothing is left over (step 5 of
-spec/reasons.md).
+"""Names of one manifest resolved (step 5 of spec/reasons.md).
+
+Operands exist and fit, references end, nothing is left over.
 """
 
 from __future__ import annotations
@@ -28,9 +29,7 @@ def _too_large(tensor: str, what: str) -> MalformedError:
 
 
 class ManifestScope:
-    """What a recipe's names stand for. `check` raises `MalformedError` (reasons `operand`, `cycle`, `coverage`,
-    `limit`).
-    """
+    """What a recipe's names stand for."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
@@ -72,7 +71,10 @@ class ManifestScope:
         return None
 
     def check(self, limits: Limits = DEFAULT_LIMITS) -> None:
-        """Check every recipe and the coverage of stored arrays."""
+        """Check every recipe and the coverage of stored arrays.
+
+        Raises `MalformedError` (reasons `operand`, `cycle`, `coverage`, `limit`).
+        """
         used: set[str] = set(self._manifest.checkpoint.arrays)
         extents: dict[str, _Extent] = {}
         for name, tensor in self._manifest.tensors.items():

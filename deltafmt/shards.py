@@ -1,6 +1,4 @@
-"""deltafmt's own shards: chunks in, chunks out, checked against the chunk table (spec/layout.md, "Shards", "Chunk
-table").
-"""
+"""deltafmt's own shards: chunks in, chunks out, checked against the chunk table (spec/layout.md)."""
 
 from __future__ import annotations
 
@@ -234,10 +232,11 @@ class ShardWriter:
         chunks: Iterable[list[Any]],
         digest: Callable[[], str],
     ) -> Array:
-        """Write one stored array from its encoded chunks (each: the stored bytes of its planes); return its manifest
-        entry.
+        """Write one stored array; return its manifest entry.
 
-        `digest` is asked once the chunks are through.
+        Args:
+            chunks: of each chunk, the stored bytes of its planes.
+            digest: gives the digest of the elements; asked once the chunks are through.
         """
         begin, table = self.stored_bytes, len(self._words)
         for planes in chunks:

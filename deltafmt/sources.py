@@ -60,6 +60,8 @@ def open_archive(path: PathLike, base: Bases | None = None, *, limits: Limits = 
             bases = {name: open_source(source, limits=limits) for name, source in base.items()}
         elif base is not None:
             bases = {BASE_ID: open_source(base, limits=limits)}
+            if not read_manifest(folder, limits).bases:  # a base that is not needed does no harm
+                bases.pop(BASE_ID).close()
         return Archive(folder, bases, limits=limits)
     except BaseException:
         for checkpoint in bases.values():
@@ -105,7 +107,7 @@ def provenance(source: PathLike) -> tuple[str, str | None]:
     Nothing else of a local path is told: archives are made to be shared.
     """
     path = Path(os.path.abspath(local_path(source)))
-    if (cached := _HUB_CACHE.search(path.as_posix())) is not None:
+    if (cached := _HUB_CACHE.search((path.parent if path.is_file() else path).as_posix())) is not None:
         return cached[1].replace("--", "/"), cached[2]
     return path.name, None
 
@@ -129,15 +131,26 @@ def check_apart(destination: Path, *sources: PathLike | Checkpoint | None) -> No
             )
 
 
-def check_lossless(checkpoint: Checkpoint) -> None:
-    """Refuse a base whose tensors are approximations: rebuilt, they differ from machine to machine. Raises
-    `UsageError`.
+def check_source(checkpoint: Checkpoint) -> None:
+    """Refuse to pack a lossy archive again: its errors would be forgotten. Raises `UsageError`."""
+    _refuse_lossy(checkpoint, "packed again", "Unpack it first and pack the result, if that is meant")
+
+
+def check_usable_base(checkpoint: Checkpoint) -> None:
+    """Refuse a base whose tensors are approximations, which differ from machine to machine when rebuilt, and one that
+    lacks its own base: it could not be read again when the archive is unpacked.
+
+    Raises `UsageError`, `WrongBaseError`.
     """
+    _refuse_lossy(checkpoint, "a base", "Unpack it first and use the unpacked checkpoint as the base")
     if isinstance(checkpoint, Archive):
-        lossy = [name for name, tensor in checkpoint.manifest.tensors.items() if not tensor.exact]
-        if lossy:
-            raise UsageError(
-                f"a lossy archive cannot be a base ({len(lossy)} tensors are approximations)",
-                where=checkpoint.location,
-                hint="Unpack it first and use the unpacked checkpoint as the base",
-            )
+        for name in checkpoint.tensors:
+            for base in checkpoint.scope.bases_needed(name):
+                checkpoint.base(base)
+
+
+def _refuse_lossy(checkpoint: Checkpoint, role: str, hint: str) -> None:
+    if isinstance(checkpoint, Archive) and not checkpoint.manifest.exact:
+        lossy = sum(not tensor.exact for tensor in checkpoint.manifest.tensors.values())
+        what = f"a lossy archive cannot be {role} ({lossy} tensors are approximations)"
+        raise UsageError(what, where=checkpoint.location, hint=hint)

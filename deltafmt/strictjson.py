@@ -22,8 +22,8 @@ def parse(data: bytes, where: str) -> Any:
     """Parse one JSON value.
 
     Refuses duplicate keys, NaN and infinities, numbers outside a double, integers of more than 19 digits, lone
-    surrogates, a byte order mark, and nesting deeper than 64. Raises `MalformedError` (reason `json`); never
-    `RecursionError`.
+    surrogates, a byte order mark, and nesting too deep to parse (`check_depth` holds free-form content to 64). Raises
+    `MalformedError` (reason `json`), never `RecursionError`.
     """
 
     def refuse(what: str) -> NoReturn:

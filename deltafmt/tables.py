@@ -1,4 +1,4 @@
-"""What people see: a report as tables on stdout, work as a progress bar on stderr."""
+"""A report as people see it: tables on stdout."""
 
 from __future__ import annotations
 
@@ -7,26 +7,16 @@ import statistics
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import singledispatch
 from typing import Any
 
 from rich import box
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 from rich.text import Text
 
 from .names import escaped
-from .report import InspectReport, PackReport, Progress, Report, TensorReport, UnpackReport, VerifyReport
+from .report import InspectReport, PackReport, Report, TensorReport, UnpackReport, VerifyReport
 
 _LISTED = 10  # of a long list
 _PIPE_WIDTH = 4096
@@ -66,42 +56,6 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-# Progress
-
-
-@contextmanager
-def progress_bar(verb: str, *, log: bool = False) -> Iterator[Progress]:
-    """A progress bar on stderr that vanishes when the work is done; with `log`, each tensor's name stays above it."""
-    console = Console(**_PLAIN, stderr=True)
-    columns = (
-        TextColumn("{task.description}", style="bold", markup=False),
-        BarColumn(bar_width=None, table_column=Column(ratio=2, min_width=8)),
-        TaskProgressColumn("{task.percentage:>3.0f}%", markup=False),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[what]}", style="dim", markup=False, table_column=Column(ratio=2, no_wrap=True)),
-    )
-    with RichProgress(*columns, console=console, transient=True, expand=True) as bar:
-        task = bar.add_task(verb, total=None, what="")
-        room = max(12, console.width // 4)
-        last = ""
-
-        def advance(done: int, total: int, what: str) -> None:
-            nonlocal last
-            bar.update(task, completed=done, total=total)
-            if not what or what == last:
-                return
-            last = what
-            name = escaped(what)
-            # Tensors are told apart by how their names end.
-            bar.update(task, what=name if len(name) <= room else f"…{name[1 - room :]}")
-            if log:
-                console.print(name, style="dim", soft_wrap=True)
-
-        yield advance
-
-
 # Reports
 
 
@@ -137,17 +91,19 @@ def _parts(report: Report, base_name: str) -> Iterator[RenderableType]:
 @_parts.register
 def _(report: PackReport, base_name: str) -> Iterator[RenderableType]:
     facts = [
-        ("input", f"{size(report.logical_bytes)}  {_shown(report.source)}"),
-        ("archive", f"{size(report.stored_bytes)}  {_shown(report.destination)}"),
+        ("input", f"{size(report.logical_bytes)}  {escaped(report.source)}"),
+        ("archive", f"{size(report.stored_bytes)}  {escaped(report.destination)}"),
         ("ratio", _ratio_in_words(report)),
         ("values", _fidelity(report)),
-        ("base", _shown(report.base) if report.base else ""),
+        ("base", escaped(report.base) if report.base else ""),
         ("time", _time(report.logical_bytes, report.seconds)),
     ]
     yield _facts(facts)
     yield from _method_table(report.tensors)
     yield _role_table(report.roles)
     yield from _worst(report.tensors)
+    for name, found in report.non_finite.items():
+        yield Text(f"{escaped(name)} stays lossless: {count(found, 'value')} not finite", style="yellow")
     if report.dry_run:
         yield Text("Dry run: nothing was written.", style="bold yellow")
 
@@ -157,8 +113,8 @@ def _(report: UnpackReport, base_name: str) -> Iterator[RenderableType]:
     is_cast = not report.exact and not report.max_rel_error
     yield _facts(
         [
-            ("archive", f"{size(report.stored_bytes)}  {_shown(report.source)}"),
-            ("output", f"{size(report.logical_bytes)}  {_shown(report.destination)}"),
+            ("archive", f"{size(report.stored_bytes)}  {escaped(report.source)}"),
+            ("output", f"{size(report.logical_bytes)}  {escaped(report.destination)}"),
             ("files", _listed(report.files)),
             ("values", "cast to another dtype" if is_cast else _fidelity(report, checked=True)),
             ("time", _time(report.logical_bytes, report.seconds)),
@@ -170,7 +126,7 @@ def _(report: UnpackReport, base_name: str) -> Iterator[RenderableType]:
 def _(report: InspectReport, base_name: str) -> Iterator[RenderableType]:
     shards = count(report.shards, "shard")
     facts = [
-        ("archive", f"{size(report.stored_bytes)}  {_shown(report.source)}"),
+        ("archive", f"{size(report.stored_bytes)}  {escaped(report.source)}"),
         ("holds", f"{size(report.logical_bytes)}  {count(len(report.tensors), 'tensor')}"),
         ("ratio", _ratio_in_words(report)),
         ("values", _fidelity(report)),
@@ -180,7 +136,7 @@ def _(report: InspectReport, base_name: str) -> Iterator[RenderableType]:
     for name, base in report.bases.items():
         revision = f"@{base['revision']}" if base["revision"] else ""
         known = f"{base['repo']}{revision}" if base["repo"] else f"BASE, {count(base['tensors'], 'tensor')}"
-        facts += [("base", f"pass --base {_shown(known)}"), ("", f"{name}: {base['digest']}")]
+        facts += [("base", f"pass --base {escaped(known)}"), ("", f"{name}: {base['digest']}")]
     yield _facts([*facts, ("files", _listed(report.files))])
     yield _role_table(report.roles)
     yield from _method_table(report.tensors)
@@ -198,17 +154,17 @@ def _(report: VerifyReport, base_name: str) -> Iterator[RenderableType]:
     )
     ok = Text("OK", style="bold green")
     table.add_row(
-        ok, "archive", f"{_shown(report.source)}: every stored byte is as it was ({size(report.stored_bytes)})"
+        ok, "archive", f"{escaped(report.source)}: every stored byte is as it was ({size(report.stored_bytes)})"
     )
     if report.unchecked:
         rebuilt = f"{len(report.tensors) - len(report.unchecked):,} of {rebuilt}"
     if len(report.unchecked) < len(report.tensors):
         table.add_row(ok, "tensors", rebuilt)
-    if not report.base_checked:
+    if report.unchecked:
         missing = f"{count(len(report.unchecked), 'tensor')} could not be rebuilt without the base: pass --base"
-        table.add_row(Text("NOT CHECKED", style="bold yellow"), "base", f"{missing} {_shown(base_name)}")
+        table.add_row(Text("NOT CHECKED", style="bold yellow"), "base", f"{missing} {escaped(base_name)}")
     if report.against is not None:
-        against = _shown(report.against)
+        against = escaped(report.against)
         if report.equal:
             table.add_row(ok, "against", f"{against}: every tensor and file is the same, bit for bit")
         elif report.as_stated:
@@ -359,10 +315,6 @@ def _tensor_list(report: InspectReport) -> Iterator[Table]:
     yield table
 
 
-def _shown(text: str) -> str:
-    return escaped(text)
-
-
 def _ratio(stored: int, logical: int) -> str:
     return f"{stored / logical:.3f}" if logical else ""
 
@@ -392,7 +344,7 @@ def _ranks(ranks: dict[str, int]) -> str:
 
 def _producer(report: InspectReport) -> str:
     producer = report.annotations.get("producer")
-    return f", written by {_shown(producer)}" if isinstance(producer, str) else ""
+    return f", written by {escaped(producer)}" if isinstance(producer, str) else ""
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -13,12 +13,12 @@ import numpy as np
 
 from .dtypes import Bits, Dtype, round_to, widen
 from .durable import NewFile, Staging
-from .errors import IntegrityError
+from .errors import UsageError
 from .gemm import one_thread_each
 from .layout import OutputFile, new_layout, original_layout, output_dtype
 from .limits import DEFAULT_LIMITS, Limits
 from .names import escaped
-from .pieces import Piece, pieces
+from .pieces import Piece, check_rest_of_bases, pieces
 from .pipeline import IN_FLIGHT_BYTES, Pipeline
 from .reader import Archive
 from .report import Progress, UnpackReport, silent
@@ -80,7 +80,7 @@ def unpack(
             area.write(layout.index[0], [layout.index[1]])
         for name, path in archive.sidecars.items():
             _, found = copied(area, name, path)
-            check_sidecar(archive, name, found)
+            archive.check_sidecar(name, found)
         check_rest_of_bases(archive, pipeline)
         area.commit()
         reports = tensor_reports(archive.manifest, archive.stored_size)
@@ -99,20 +99,6 @@ def unpack(
             source=str(src),
             destination=str(dst),
             files=tuple(sorted(files)),
-        )
-
-
-def check_sidecar(archive: Archive, name: str, found: str) -> None:
-    """Raise `IntegrityError` if a sidecar's digest is not the manifest's."""
-    expected = archive.manifest.sidecars[name].digest
-    if found != expected:
-        raise IntegrityError(
-            "the sidecar has changed",
-            where=str(archive.path / name),
-            expected=expected,
-            found=found,
-            hint="Download it again",
-            reason="digest",
         )
 
 
@@ -139,7 +125,7 @@ class _Unpacker:
             if self._archive.manifest.tensors[piece.name].exact:
                 running.update(bits)
                 if piece.last:
-                    check_digest(self._archive, piece.name, "sha256:" + running.hexdigest())
+                    self._archive.check_tensor(piece.name, "sha256:" + running.hexdigest())
                     running = hashlib.sha256()
             self._buffers.give(bits)
         file.finish()
@@ -149,32 +135,19 @@ class _Unpacker:
         rebuilder = piece.rebuilder.result()
         bits = self._buffers.take(rebuilder.dtype.bits, piece.hi - piece.lo)
         rebuilder.read(piece.lo, piece.hi, bits)
-        written = bits
-        if dtype != rebuilder.dtype:
-            wide = np.dtype("f8" if "F64" in (rebuilder.dtype.name, dtype.name) else "f4")
-            written = round_to(widen(bits, rebuilder.dtype, wide), dtype)
+        written = bits if dtype == rebuilder.dtype else _cast(bits, rebuilder.dtype, dtype, piece.name)
         file.write_at(begin + piece.lo * dtype.width, written)
         return bits
 
 
-def check_rest_of_bases(archive: Archive, pipeline: Pipeline) -> None:
-    """Check the digests of base tensors that no recipe asked for: a base that is given must be the whole of what it
-    was.
-    """
-    for base in archive.bases.values():
-        for _ in pipeline.ordered(base.unverified(), base.verify, base.nbytes):
-            pass
-
-
-def check_digest(archive: Archive, name: str, found: str) -> None:
-    """Raise `IntegrityError` if a rebuilt tensor's digest is not the manifest's."""
-    expected = archive.manifest.tensors[name].digest
-    if found != expected:
-        raise IntegrityError(
-            f"tensor '{escaped(name)}' does not match its digest",
-            where=archive.location,
-            expected=expected,
-            found=found,
-            hint="Download the archive again",
-            reason="digest",
+def _cast(bits: Bits, source: Dtype, target: Dtype, name: str) -> Bits:
+    """Elements in another float dtype. Raises `UsageError` if a finite value would become infinite."""
+    values = widen(bits, source, np.dtype("f8" if "F64" in (source.name, target.name) else "f4"))
+    rounded = round_to(values, target)
+    overflowed = np.isfinite(values) & ~np.isfinite(widen(rounded, target, values.dtype))
+    if overflowed.any():
+        raise UsageError(
+            f"{np.count_nonzero(overflowed)} values of tensor '{escaped(name)}' are too large for {target.name}",
+            hint="Choose a wider dtype, such as bfloat16 or float32",
         )
+    return rounded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -19,13 +20,12 @@ from .layout import original_layout
 from .limits import DEFAULT_LIMITS, Limits
 from .operators import Stored
 from .operators.base import Read
-from .pieces import Piece, pieces
+from .pieces import Piece, check_rest_of_bases, pieces
 from .pipeline import Pipeline
-from .reader import Archive, check_array_digest
+from .reader import Archive
 from .report import Progress, VerifyReport, silent
 from .roles import tensor_reports
 from .sources import Bases, PathLike, open_archive, open_source
-from .unpack import check_digest, check_rest_of_bases, check_sidecar
 
 _PIECE_ELEMENTS = 1 << 20
 
@@ -68,7 +68,7 @@ def verify(
         original_layout(archive)
         errors = checker.check_tensors()
         for name, path in archive.sidecars.items():
-            check_sidecar(archive, name, file_digest(path))
+            archive.check_sidecar(name, file_digest(path))
         check_rest_of_bases(archive, pipeline)
         differences = _differences(archive, other, errors, checker.unequal) if other is not None else {}
         reports = {
@@ -86,7 +86,7 @@ def verify(
             against=None if against is None else str(against),
             equal=None if other is None else not differences,
             as_stated=None if other is None else all(_is_stated(archive, name, errors) for name in differences),
-            base_checked=not archive.manifest.bases or base is not None,
+            base_checked=archive.bases.keys() == archive.manifest.bases.keys(),
             unchecked=tuple(checker.unchecked),
             differences=differences,
         )
@@ -105,8 +105,10 @@ def checkpoint_bytes(archive: Archive) -> int:
 
 
 class _Compared(NamedTuple):
-    """A rebuilt piece; whether the other checkpoint has the same bits (-0.0 is not 0.0); the squared norms of the
-    difference to it and of its values.
+    """A rebuilt piece beside the same piece of the other checkpoint.
+
+    `same`: whether all bits are equal (-0.0 is not 0.0). `difference`, `original`: squared norms of the difference and
+    of the other's values.
     """
 
     bits: Bits
@@ -141,17 +143,16 @@ class _Checker:
             read = partial(_read_span, self._archive.array_reader(name), array.dtype)
             for _, bits in self._pipeline.ordered(spans, read, lambda span: 8 * (span[1] - span[0])):
                 running.update(bits)
-            check_array_digest(self._archive, name, "sha256:" + running.hexdigest())
+            self._archive.check_array(name, "sha256:" + running.hexdigest())
 
     def check_tensors(self) -> dict[str, float]:
-        """Rebuild every tensor that can be rebuilt and check its digest; the relative error of each against the other
-        checkpoint.
-        """
+        """Rebuild every tensor that can be and check its digest; the relative error of each to the other checkpoint."""
         errors: dict[str, float] = {}
         names = list(self._archive.manifest.tensors)
         if self._other is None:
             self.unchecked = [name for name in names if self._lacks_base(name)]
-        checked = [name for name in names if name not in set(self.unchecked)]
+        unchecked = set(self.unchecked)
+        checked = [name for name in names if name not in unchecked]
         running = hashlib.sha256()
         difference = original = 0.0
         for piece, compared in self._pipeline.ordered(
@@ -167,7 +168,7 @@ class _Checker:
             if not piece.last:
                 continue
             if self._archive.manifest.tensors[name].exact:
-                check_digest(self._archive, name, "sha256:" + running.hexdigest())
+                self._archive.check_tensor(name, "sha256:" + running.hexdigest())
             if self._comparable(name):
                 error = (difference / original) ** 0.5 if original else difference**0.5
                 errors[name] = error if name in self.unequal else 0.0  # a NaN equals itself here
@@ -210,8 +211,9 @@ def _read_span(read: Read, dtype: Dtype, span: tuple[int, int]) -> Bits:
 
 
 def _is_stated(archive: Archive, name: str, errors: dict[str, float]) -> bool:
-    """Whether a difference is a lossy tensor's, by the error that the manifest states: to 1 %, and to rounding,
-    which may fall out otherwise on another machine (spec/arithmetic.md).
+    """Whether a difference is a lossy tensor's, by the error that the manifest states.
+
+    To 1 %, and to rounding, which may fall out otherwise on another machine (spec/arithmetic.md).
     """
     tensor = archive.manifest.tensors.get(name)
     if tensor is None or tensor.rel_error is None or name not in errors:
@@ -236,4 +238,16 @@ def _differences(archive: Archive, other: Checkpoint, errors: dict[str, float], 
             found[name] = f"only in the {'checkpoint' if sidecar is None else 'archive'}"
         elif file_digest(path) != sidecar.digest:
             found[name] = "another file"
+    layouts = [dict(_layout(checkpoint)) for checkpoint in (archive, other)]
+    for name in sorted(layouts[0].keys() | layouts[1].keys()):
+        if layouts[0].get(name) != layouts[1].get(name):
+            found.setdefault(name, "another header, or laid out in other files")
     return found
+
+
+def _layout(checkpoint: Checkpoint) -> Iterator[tuple[str, bytes]]:
+    """What a checkpoint's weight files and index hold beside tensors, by file name."""
+    for file in checkpoint.files:
+        yield file.name, file.header
+    if checkpoint.index is not None:
+        yield checkpoint.index

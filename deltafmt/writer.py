@@ -16,7 +16,7 @@ from .errors import AccessError
 from .limits import NAME_BYTES
 from .manifest import Array, Base, Manifest, Shard, Sidecar, Tensor, WeightFile
 from .manifest import Checkpoint as CheckpointEntry
-from .names import CHUNK_TABLE, MANIFEST, check_sidecar_name, shard_name
+from .names import CHUNK_TABLE, MANIFEST, check_kept_name, shard_name
 from .shards import ShardWriter, header_room, raw_bytes
 
 SHARD_BYTES = 5_000_000_000
@@ -65,9 +65,7 @@ class ArchiveWriter:
         chunks: Iterable[list[Any]],
         array_digest: Callable[[], str],
     ) -> str:
-        """Write one stored array from its encoded chunks; return its name. `array_digest` is asked once the chunks are
-        through.
-        """
+        """Write one stored array; return its name. The other arguments are those of `ShardWriter.add`."""
         if self._open and self._open[-1].stored_bytes >= self._shard_bytes:
             self._finish_shard()
         if not self._open:
@@ -85,10 +83,11 @@ class ArchiveWriter:
         return self.add_array(wanted, dtype, shape, encoding, _encoded(bits, encoding, thorough), lambda: digest(bits))
 
     def add_sidecar(self, name: str, source: Path) -> None:
-        """Copy a file of the checkpoint byte for byte. Raises `AccessError`, `MalformedError` (a name that is not
-        allowed).
+        """Copy a file of the checkpoint byte for byte.
+
+        Raises `AccessError`, `MalformedError` (a name that is not allowed).
         """
-        check_sidecar_name(name, str(source))
+        check_kept_name(name, str(source))
         self._sidecars[name] = Sidecar(*copied(self._staging, name, source))
 
     def add_layout(self, checkpoint: Checkpoint) -> CheckpointEntry:

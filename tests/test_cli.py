@@ -350,6 +350,44 @@ def test_exit_1_input_that_is_not_there(run: Run) -> None:
     )
 
 
+def test_an_empty_path_is_not_the_current_directory(run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an unset variable of a script leaves: `deltafmt unpack packed "$OUT" --overwrite`."""
+    run("pack", "base", "packed")
+    monkeypatch.chdir(base)
+    before = sorted(base.iterdir())
+    for arguments in (
+        ("unpack", "../packed", "", "--overwrite"),
+        ("pack", "", "../new"),
+        ("pack", ".", "../new", "--base", ""),
+        ("verify", "../packed", "--against", ""),
+        ("inspect", ""),
+    ):
+        code = main(arguments)
+        assert code == 2, arguments
+    assert sorted(base.iterdir()) == before
+
+
+def test_a_base_that_no_tensor_needs_is_not_missed(run: Run, tmp_path: Path) -> None:
+    write(tmp_path / "one", {"weight": np.ones(3, np.float32)})
+    write(tmp_path / "other", {"something else": np.zeros(5, np.float32)})
+    run("pack", "one", "packed", "--base", "other")
+    code, out, err = run("verify", "packed")
+    assert (code, err) == (0, "")
+    assert "1 tensor rebuilt" in out and "NOT CHECKED" not in out
+
+
+def test_a_base_that_needs_a_base_is_told_what_to_do(run: Run, base: Path, tuned: Path, tmp_path: Path) -> None:
+    run("pack", "tuned", "packed", "--base", "base")
+    write(tmp_path / "next", {name: weight + 1 for name, weight in weights(1).items()})
+    code, out, err = run("pack", "next", "again", "--base", "packed")
+    assert (code, out) == (6, "")
+    assert "unpack it first" in err.splitlines()[1]
+    # It holds all that is asked of it, by its digests: what came of that could not be unpacked with the same --base.
+    assert run("pack", "tuned", "again", "--base", "packed")[0] == 6
+    run("unpack", "packed", "unpacked", "--base", "base")
+    assert run("pack", "next", "again", "--base", "unpacked")[0] == 0
+
+
 def test_exit_2_destination_exists(run: Run, base: Path, tmp_path: Path) -> None:
     (tmp_path / "packed").mkdir()
     assert run("pack", "base", "packed") == (
@@ -501,6 +539,14 @@ def test_a_reader_that_leaves_is_no_news(tmp_path: Path) -> None:
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that takes a while."""
     return write(tmp_path_factory.mktemp("large") / "model", weights(3, layers=24, width=1024))
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed: str, base: Path, tmp_path: Path) -> None:
+    """Files opened later must not take the numbers of the streams: what is printed would go into them."""
+    command = f'"$0" -m deltafmt pack base packed {closed}'
+    subprocess.run(["sh", "-c", command, sys.executable], cwd=tmp_path, check=True, capture_output=True)
+    assert main(["-q", "verify", str(tmp_path / "packed"), "--against", str(base)]) == 0
 
 
 @pytest.mark.parametrize(

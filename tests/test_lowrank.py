@@ -278,6 +278,7 @@ def test_non_finite_tensors_stay_lossless(tmp_path: Path, value: float, options:
     base["base bad"][7, 1] = value
     base_dir, archive = write(tmp_path / "base", base), tmp_path / "archive"
     report = pack(write(tmp_path / "tuned", tuned), archive, base=base_dir, **options)
+    assert report.non_finite == {"tuned bad": 1, "base bad": 1}
     found = unpacked(archive, base_dir)
     for name in ("tuned bad", "base bad"):
         assert same_bits(found[name], tuned[name])

@@ -70,6 +70,30 @@ def test_27_patches_of_patches(tmp_path: Path) -> None:
                 assert opened.get_tensor(f"{name} by ref").ravel().tolist() == values, name
 
 
+def test_27_references_share_no_buffers_while_they_are_read(tmp_path: Path) -> None:
+    """Sums of sums over several blocks, through a tensor of the archive and one of a base that is an archive too."""
+    count = (5 << 20) // 2
+    small, large = (np.arange(count, dtype=np.float32) % modulus for modulus in (251, 1009))
+    tensors = {"w": Tensor("F32", (count,), small.tobytes())}
+    doubled = {"w": Tensor("F32", (count,), (small + small).tobytes())}
+    deltafmt.pack(write_checkpoint(tmp_path / "single", tensors), tmp_path / "base")
+    deltafmt.pack(write_checkpoint(tmp_path / "double", doubled), tmp_path / "twin")
+    edit(tmp_path / "base", lambda d: derived(d, "w", sum_of(stored("w"), stored("w")), shape=(count,)))
+    source = write_checkpoint(tmp_path / "src", {**doubled, "s": Tensor("F32", (count,), large.tobytes())})
+    deltafmt.pack(source, tmp_path / "packed", base=tmp_path / "twin")
+
+    def change(document: Json) -> None:
+        from_base = {"op": "ref", "tensor": "w", "base": "base"}
+        derived(document, "u", sum_of(stored("s"), from_base), shape=(count,))
+        derived(document, "t", sum_of(stored("s"), ref("u"), ref("u")), shape=(count,))
+
+    with deltafmt.open(edit(tmp_path / "packed", change), base=tmp_path / "base") as opened:
+        np.testing.assert_array_equal(opened.get_tensor("u"), large + 2 * small)
+        np.testing.assert_array_equal(opened.get_tensor("t"), 3 * large + 4 * small)
+        part = slice(1_000_003, 2_200_001)
+        np.testing.assert_array_equal(opened.get_slice("t")[part], (3 * large + 4 * small)[part])
+
+
 # --- 27, 28: sums and products --------------------------------------------------------------------------------------
 
 

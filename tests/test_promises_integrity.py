@@ -303,12 +303,15 @@ def test_8_a_missing_base(pair: tuple[Path, Path], tmp_path: Path) -> None:
         fails(lambda: opened.get_tensor("w"), WrongBaseError, "base-missing")
         fails(lambda: opened.get_slice("w"), WrongBaseError, "base-missing")
     assert deltafmt.verify(archive).base_checked is False
+    assert deltafmt.verify(archive, base={}).base_checked is False
     fails(lambda: deltafmt.verify(archive, against=tmp_path / "src"), WrongBaseError, "base-missing")
 
 
 def test_8_a_base_where_none_is_needed(archive: Path, pair: tuple[Path, Path]) -> None:
+    with deltafmt.open(archive, base=pair[1]) as needless:
+        assert needless.keys()
     with pytest.raises(deltafmt.UsageError):
-        deltafmt.open(archive, base=pair[1])
+        deltafmt.open(archive, base={"other": pair[1]})
 
 
 def test_9_the_same_base_elsewhere(pair: tuple[Path, Path], tmp_path: Path) -> None:

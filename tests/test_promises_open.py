@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import deltafmt
 from deltafmt import DeltafmtError, IntegrityError, MalformedError, UnsupportedError
+from deltafmt.names import escaped
 from deltafmt.strictjson import canonical as print_json
 from deltafmt.strictjson import parse
 from hostile import MANIFEST, Json, canonical, edit, f32, manifest, put, seal, tree, write_checkpoint
@@ -343,6 +344,13 @@ def test_31_messages_are_one_line_whatever_a_file_says(
     assert len(text.splitlines()) <= 1
     assert not any(ord(character) < 32 or 0x7F <= ord(character) < 0xA0 for character in text)
     text.encode()  # no lone surrogates: it can be printed
+
+
+def test_31_names_are_shown_without_what_commands_a_terminal() -> None:
+    assert escaped("a\x1b[1mb\ud800\n") == r"a\x1b[1mb\ud800\n"
+    assert escaped("a\x9b31mb\u202ec") == r"a\x9b31mb\u202ec"
+    assert escaped("Gewicht 重み é") == "Gewicht 重み é"
+    assert len(escaped("\x00" * 1000)) < 250
 
 
 def test_31_hostile_text_from_a_manifest_stays_on_one_line(archive: Path, tmp_path: Path) -> None:

@@ -204,6 +204,25 @@ def test_parents_are_made_and_removed_again(room: Path) -> None:
     assert names_in(room) == ["packed", "src"]
 
 
+def test_overwrite_leaves_what_only_looks_like_a_checkpoint(room: Path) -> None:
+    """Many a project has a config.json; with --overwrite its other files would be gone."""
+    (room / "project").mkdir()
+    (room / "project/config.json").write_bytes(b"{}")
+    (room / "project/train.py").write_bytes(b"code")
+    before = tree(room)
+    for verb in both(room, overwrite=True):
+        with pytest.raises(DestinationError, match="this is neither"):
+            verb(room / "project")
+    assert tree(room) == before
+
+
+@pytest.mark.parametrize("name", ["d" * 255, "é" * 127])
+def test_a_destination_may_have_any_name_that_the_file_system_takes(room: Path, name: str) -> None:
+    deltafmt.pack(room / "src", room / name)
+    deltafmt.unpack(room / name, room / "restored")
+    assert tree(room / "restored") == tree(room / "src")
+
+
 def test_dry_run_writes_nothing(room: Path) -> None:
     before = everything(room)
     report = deltafmt.pack(room / "src", room / "a/b", dry_run=True)
@@ -291,6 +310,25 @@ def test_23_every_write_fails_once(room: Path, monkeypatch: pytest.MonkeyPatch, 
         else:
             break
     assert stop > 6
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_an_interruption_beside_the_renames(room: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    """A signal right behind the rename of the old content, or of the new: one of both is at the destination."""
+    shutil.copytree(room / "src", room / "dst")
+    rename, calls = os.rename, 0
+
+    def interrupted(source: Path, target: Path) -> None:
+        nonlocal calls
+        rename(source, target)
+        calls += (room / "dst") in (source, target)
+        if calls == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        deltafmt.pack(room / "src", room / "dst", overwrite=True)
+    assert tree(room / "dst") == tree(room / ("src" if stop == 1 else "packed"))
 
 
 @pytest.mark.parametrize("failing", ["rename", "fsync"])

@@ -68,7 +68,8 @@ class Encoding:
                 found=encoding.chunk,
                 reason="limit",
             )
-        _SEEN[dtype.name, values] = encoding
+        if len(_SEEN) < _MOST_SEEN:
+            _SEEN[dtype.name, values] = encoding
         return encoding
 
     def to_json(self) -> dict[str, Any]:
@@ -93,6 +94,7 @@ class Encoding:
 
 
 _SEEN: dict[tuple[str, tuple[str, str, int]], Encoding] = {}  # a manifest has thousands of arrays and few encodings
+_MOST_SEEN = 1000  # a hostile one may have a million
 
 
 def choose_chunk(shape: Sequence[int], width: int) -> int:
@@ -120,8 +122,8 @@ def encode_chunk(bits: Bits, encoding: Encoding, thorough: bool = False) -> list
         thorough: spend time on finding repeats, as in text.
 
     Returns:
-        The stored bytes of each plane (bytes-like, in order), independent of `bits` and of any scratch memory unless
-        the encoding is raw.
+        The stored bytes of each plane (bytes-like, in order). Of a raw encoding they are `bits` itself, otherwise they
+        share no memory with anything.
     """
     if encoding.is_raw:
         return [bits.view(np.uint8)]

@@ -39,8 +39,9 @@ _CONTEXTS = _Contexts()
 
 
 def compress(plane: Plane, thorough: bool = False) -> Any:
-    """The frame, or the plane itself where the frame would not be shorter. Both are bytes-like. `thorough` is for text:
-    slow, looks for repeats.
+    """The frame, or the plane itself where the frame would not be shorter; both are bytes-like.
+
+    `thorough` is for text: slow, looks for repeats.
     """
     if not thorough and _looks_random(plane):
         return plane

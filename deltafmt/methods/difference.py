@@ -1,5 +1,7 @@
-"""A tensor beside what it is a difference to: its matrix for the decomposition, its factors as they will be stored, and
-the error that is left once a reader has rebuilt it."""
+"""A tensor beside what it is a difference to.
+
+Its matrix for the decomposition, its factors as they will be stored, and the error left once a reader has rebuilt it.
+"""
 
 from __future__ import annotations
 
@@ -82,14 +84,14 @@ class Difference:
         """The squared Frobenius norm of the tensor itself."""
         return math.fsum(float(np.sum(np.square(self._doubles(self.bits[part])))) for part in self._blocks())
 
-    def is_finite(self) -> bool:
-        """Whether the tensor and its reference hold neither NaN nor infinity, nor anything that float32 cannot hold."""
+    def non_finite(self) -> int:
+        """How many elements of the tensor and its reference are NaN, infinite, or beyond float32."""
         both = [(self.bits, self.info.dtype)]
         if self.reference is not None:
             both.append((self.reference.bits, self.reference.dtype))
         with np.errstate(over="ignore"):
-            return all(
-                bool(np.isfinite(widen(bits[part], dtype, np.dtype("f4"))).all())
+            return sum(
+                int(np.count_nonzero(~np.isfinite(widen(bits[part], dtype, np.dtype("f4")))))
                 for bits, dtype in both
                 for part in self._blocks()
             )
@@ -144,8 +146,10 @@ class Difference:
         return StoredFactors(dtype, np.ascontiguousarray(stored.a[order]), np.ascontiguousarray(stored.b[order]))
 
     def error(self, factors: StoredFactors) -> float:
-        """The relative error (`rel_error` of spec/manifest.md) of the tensor rebuilt and rounded as a reader does it;
-        not finite if a rebuilt value is not."""
+        """The relative error (`rel_error` of spec/manifest.md) of the tensor rebuilt and rounded as a reader does it.
+
+        Not finite if a rebuilt value is not.
+        """
         a, b = factors.values(self.accumulator)
         difference = 0.0
         with np.errstate(over="ignore", invalid="ignore"):

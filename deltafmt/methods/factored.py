@@ -1,5 +1,4 @@
-"""One tensor factored: the rank that a criterion, an error bound or the noise floor asks for, and its factors as they
-are to be stored."""
+"""One tensor factored to the rank that a criterion, an error bound or the noise floor asks for."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ _ROUNDING = 1.05  # how much more than measured rounding may add at the next ran
 
 @dataclass(frozen=True)
 class Factored:
-    """A tensor ready to be written: what it is a difference to, its factors, and the error measured on the rebuilt,
-    rounded tensor."""
+    """A tensor ready to be written: what it is a difference to, its factors, and the error measured on the result."""
 
     reference: Ref | None
     factors: StoredFactors
@@ -55,8 +53,10 @@ def approximated(difference: Difference, criterion: Criterion, limit: int) -> Fa
 def _searched(
     difference: Difference, matrix: Float32, criterion: Criterion, limit: int
 ) -> tuple[Factored, float] | None:
-    """The approximation that the criterion asks for, and the squared norm of what its components leave out; None if it
-    takes more than `limit` components, or there is nothing to approximate."""
+    """The approximation that the criterion asks for, and the squared norm of what its components leave out.
+
+    None if it takes more than `limit` components, or there is nothing to approximate.
+    """
     if not np.isfinite(matrix).all():
         return None
     choice = search(matrix, criterion, limit)
@@ -71,8 +71,10 @@ def _searched(
 
 
 def within(difference: Difference, bound: float, limit: int) -> Factored | None:
-    """The smallest rank whose measured error keeps the bound. What rounding adds is known only once it is done; the
-    next try allows for it."""
+    """The smallest rank whose measured error keeps the bound; None if that is more than `limit`.
+
+    What rounding adds is known only once it is done; the next try allows for it.
+    """
     matrix, energy = difference.matrix(), difference.energy()
     allowed = bound**2 * energy
     for _ in range(_TRIES):
@@ -102,6 +104,8 @@ def above_noise(difference: Difference, limit: int) -> Factored | None:
 
 
 def _rounding_level(dtype: Dtype) -> float:
-    """The largest relative rms error of rounding to nearest: an ulp over the root of 12, at a power of two; or what
-    float32 arithmetic adds, where that is more."""
+    """The largest relative rms error of rounding to nearest: an ulp over the root of 12, at a power of two.
+
+    Or what float32 arithmetic adds, where that is more.
+    """
     return max(math.ldexp(1, -dtype.mantissa_bits) / math.sqrt(12), _ARITHMETIC)

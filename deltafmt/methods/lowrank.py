@@ -134,6 +134,9 @@ class LowrankMethod:
         checkpoint: what is packed.
         reference: its base, if there is one.
 
+    Attributes:
+        non_finite: tensors met that stay lossless for their NaN or infinities, and how many of these each has.
+
     Raises:
         UsageError: the request does not fit the input.
     """
@@ -146,6 +149,7 @@ class LowrankMethod:
         pipeline: Pipeline,
         progress: Progress,
     ) -> None:
+        self.non_finite: dict[str, int] = {}
         self._request, self._checkpoint, self._reference = request, checkpoint, reference
         self._pipeline, self._progress = pipeline, progress
         self._references: dict[str, Ref | None] = {}  # of every tensor that may become low rank
@@ -258,7 +262,8 @@ class LowrankMethod:
 
     def _factored(self, name: str, difference: Difference, lossless: float) -> Factored | None:
         request = self._request
-        if not difference.is_finite():
+        if count := difference.non_finite():
+            self.non_finite[name] = count
             return None
         limit = break_even(difference.out, difference.in_, int(lossless / _SHORTEST), 2)
         if self._ranks is not None:
@@ -329,7 +334,9 @@ class LowrankMethod:
         difference = self._difference(name, self._checkpoint.read_whole(name))
         with self._decomposing:
             matrix = difference.matrix()
-            if not (difference.is_finite() and np.isfinite(matrix).all()):
+            if broken := difference.non_finite():
+                self.non_finite[name] = broken
+            if broken or not np.isfinite(matrix).all():
                 return None
             factors = truncated_svd(matrix, count)
             known = spectrum_of(matrix, factors, count)

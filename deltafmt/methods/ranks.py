@@ -1,5 +1,4 @@
-"""How many components a low-rank tensor keeps: by count, energy, error, the noise floor, or a byte budget shared by
-many tensors."""
+"""How many components a low-rank tensor keeps: by count, energy, error, noise floor, or a byte budget for many."""
 
 from __future__ import annotations
 

@@ -16,11 +16,11 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from ..dtypes import Shape
 from .svd import Float32, energy, spectrum
 
 Part: TypeAlias = Literal["attention", "mlp"]
 Parts: TypeAlias = Literal["attention", "mlp", "both"]
-Shape: TypeAlias = tuple[int, ...]
 
 _ATTENTION_PARENT = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP = re.compile(
@@ -75,8 +75,7 @@ class ShareMap:
 def parse_layout(text: str) -> Layout:
     """Read ``sequential:K``, ``alternating`` (that is, ``sequential:1``), or a map ``LAYER:ANCHOR,...``: ``5:4,6:4``.
 
-    Raises ValueError, fit for the user, if it is none of these, or the map gives a layer two anchors or an anchor an
-    anchor.
+    Raises ValueError, fit for the user, if it is none of these, or if a layer has two anchors or an anchor has one.
     """
     stripped = text.strip()
     if stripped == "alternating":
@@ -119,8 +118,7 @@ def share_map(
         tensors: name -> (dtype, shape) of every tensor of the model.
         keep_first, keep_last: blocks left untouched at either end of each stack; an explicit map overrides them.
 
-    Raises ValueError for an unknown ``parts`` or negative counts. What only the model shows to be wrong is in
-    ``problems``.
+    Raises ValueError for an unknown ``parts`` or negative counts; what only the model shows is in ``problems``.
     """
     if parts not in ("attention", "mlp", "both"):
         raise ValueError(f"parts must be 'attention', 'mlp' or 'both', got {parts!r}")

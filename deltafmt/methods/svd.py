@@ -180,8 +180,10 @@ def _decompose(matrix: Float32, rank: int, seed: int) -> Factors:
 
 
 def _krylov(matrix: Float32, vectors: int, iterations: int, resolution: float, seed: int) -> Float32:
-    """An orthonormal basis [out, k] of the block Krylov space of ``matrix @ matrix.T``; it holds the dominant left
-    singular subspace."""
+    """An orthonormal basis [out, k] of the block Krylov space of ``matrix @ matrix.T``.
+
+    It holds the dominant left singular subspace.
+    """
     tests = np.random.default_rng(seed).standard_normal((matrix.shape[1], vectors), dtype=np.float32)
     blocks = [_orthonormal(matrix @ tests, resolution)]
     for _ in range(iterations):

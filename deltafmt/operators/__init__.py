@@ -1,5 +1,6 @@
-"""Operators: the closed table of recipe nodes (spec/operators/). One file an operator; adding one is a change of the
-specification.
+"""Operators: the closed table of recipe nodes (spec/operators/), one file each.
+
+Adding one is a change of the specification.
 """
 
 from __future__ import annotations
