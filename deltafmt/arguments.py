@@ -1,4 +1,4 @@
-"""What a user may write on the command line: the types of values, and the options that several commands have."""
+"""What a user may write on the command line: the types of values, and the options that commands have in common."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import click
 
 from .limits import DEFAULT_LIMITS, Limits
 from .methods.sharing import parse_layout
-from .outcome import as_json
+from .outcome import json_text
 from .report import Progress, Report, silent
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -88,17 +88,17 @@ class Settings:
 
     def progress(self, verb: str) -> AbstractContextManager[Progress]:
         """A progress bar on a terminal; else a line per tensor if the user wants to hear it, and silence if not."""
-        shows_bar = sys.stderr.isatty()
-        if self.quiet or not (shows_bar or self.verbose):
+        terminal = sys.stderr.isatty()
+        if self.quiet or not (terminal or self.verbose):
             return nullcontext(silent)
         from .progress import progress_bar, progress_lines
 
-        return progress_bar(verb, log=self.verbose) if shows_bar else nullcontext(progress_lines())
+        return progress_bar(verb, log=self.verbose) if terminal else nullcontext(progress_lines())
 
     def show(self, report: Report, **options: Any) -> None:
         """Print a report: one JSON object, or tables."""
         if self.json:
-            click.echo(as_json(report.as_dict()))
+            click.echo(json_text(report.as_dict()))
         elif not self.quiet:
             from .tables import show
 
@@ -138,7 +138,7 @@ VERBOSE = click.option(
     callback=_flag("verbose"),
     help="Name each tensor as it is worked on; show the traceback of an error.",
 )
-JSON = click.option(
+_JSON = click.option(
     "--json",
     is_flag=True,
     expose_value=False,
@@ -153,4 +153,4 @@ OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace DST if it ho
 
 def common(function: _Function) -> _Function:
     """The options that every command has, at the end of its help."""
-    return JSON(LIMIT(QUIET(VERBOSE(function))))
+    return _JSON(LIMIT(QUIET(VERBOSE(function))))

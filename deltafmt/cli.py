@@ -1,4 +1,4 @@
-"""The command line: arguments, progress and exit codes. The work is in the four verbs, what they show is in `tables`.
+"""The command line: its commands, and `main`. The work is in the four verbs, what they show is in `tables`.
 
 Data goes to stdout, everything else to stderr. Exit codes: 0 ok, 1 I/O, 2 usage, 3 malformed, 4 unsupported,
 5 integrity, 6 wrong base (`errors`), and 128 + the number of a signal that ended the work.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -248,8 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as done:  # a reader of our output has gone
         return done.code if isinstance(done.code, int) else 1
     except Stopped as stopped:
-        name = "interrupted" if stopped.number == signal.SIGINT else f"stopped by {signal.Signals(stopped.number).name}"
-        error: DeltafmtError = StoppedError(f"{name}; nothing was left behind")
+        error: DeltafmtError = StoppedError(stopped.number)
         code = 128 + stopped.number
     except Exception as problem:
         error = explained(problem)

@@ -19,6 +19,10 @@ from .errors import AccessError, DeltafmtError, UsageError, printable
 class StoppedError(DeltafmtError):
     """A signal ended the work."""
 
+    def __init__(self, number: int) -> None:
+        name = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        super().__init__(f"{name}; nothing was left behind")
+
 
 class Stopped(BaseException):
     """Raised by a signal, so that every `with` block cleans up."""
@@ -79,14 +83,15 @@ def tell(error: DeltafmtError, code: int, *, as_json: bool) -> None:
             "hint": error.hint or None,
             "exit_code": code,
         }
-        click.echo(as_json({"error": entry}))
+        click.echo(json_text({"error": entry}))
     line = str(error).removesuffix(f". {error.hint}") if error.hint else str(error)
     click.echo(f"deltafmt: {printable(line if isinstance(error, StoppedError) else f'error: {line}')}", err=True)
     if error.hint:
         click.echo(f"deltafmt: hint: {printable(error.hint)}", err=True)
 
 
-def as_json(report: dict[str, Any]) -> str:
+def json_text(report: dict[str, Any]) -> str:
+    """A report as one JSON object, strictly: what is no number there is null."""
     return json.dumps(_finite(report), indent=2, allow_nan=False)
 
 

@@ -26,7 +26,7 @@ from .report import Progress
 @contextmanager
 def progress_bar(verb: str, *, log: bool = False) -> Iterator[Progress]:
     """A progress bar on stderr that vanishes when the work is done; with `log`, each tensor's name stays above it."""
-    console = Console(stderr=True, markup=False, highlight=False, emoji=False)
+    console = Console(stderr=True, markup=False, highlight=False, emoji=False)  # names are shown as they are
     columns = (
         TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(bar_width=None, table_column=Column(ratio=2, min_width=8)),

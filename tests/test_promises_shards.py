@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import resource
-import shutil
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -14,59 +13,22 @@ import pytest
 import zstandard
 
 import deltafmt
-from deltafmt import DeltafmtError, IntegrityError, MalformedError
+from deltafmt import IntegrityError, MalformedError
 from hostile import (
     TABLE,
     Json,
-    Tensor,
     edit,
-    f32,
     manifest,
     put,
     put_chunk,
     put_table,
     read_shard,
     read_table,
-    write_checkpoint,
     write_shard,
 )
+from refusal import refused, refused_later
 
-TENSORS = {"w": f32(6, 4), "v": f32(5, seed=1), "bytes": Tensor("U8", (64,), bytes(64))}
 Edit = Callable[[Json], object]
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("pristine")
-    deltafmt.pack(write_checkpoint(root / "src", TENSORS), root / "packed")
-    return root / "packed"
-
-
-@pytest.fixture
-def archive(pristine: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(pristine, tmp_path / "archive"))
-
-
-def refused(archive: Path, reason: str, kind: type[DeltafmtError] = MalformedError) -> str:
-    """`open` refuses; the message, which is short and one line."""
-    with pytest.raises(DeltafmtError) as caught:
-        deltafmt.open(archive)
-    assert type(caught.value) is kind, caught.value
-    assert caught.value.reason == reason, caught.value
-    assert str(caught.value).isprintable()
-    assert len(str(caught.value)) < 2000
-    return str(caught.value)
-
-
-def refused_later(archive: Path, reason: str, kind: type[DeltafmtError] = MalformedError) -> str:
-    """`verify` and `unpack` refuse; nothing is left behind."""
-    for verb in (deltafmt.verify, lambda src: deltafmt.unpack(src, archive.parent / "out")):
-        with pytest.raises(DeltafmtError) as caught:
-            verb(archive)
-        assert type(caught.value) is kind, caught.value
-        assert caught.value.reason == reason, caught.value
-    assert not (archive.parent / "out").exists()
-    return str(caught.value)
 
 
 # --- 11: shards without holes ---------------------------------------------------------------------------------------
