@@ -3,7 +3,8 @@
     python tools/sizes.py            prints the table
     python tools/sizes.py --write    puts it into README.md
 
-Everything is counted: weights, sidecars, manifest. Weights are real; the bf16 rows are casts of fp32 checkpoints.
+Everything is counted: weights, manifest, sidecars (tokenizers and the like, the same bytes on both sides). Weights are
+real; the bf16 rows are casts of fp32 checkpoints.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def rows(folder: Path) -> list[dict[str, measure.Cell]]:
     table: list[dict[str, measure.Cell]] = []
     for place, case in enumerate(cases(folder)):
         report = deltafmt.pack(case.source, folder / f"packed-{place}", base=case.base, **(case.options or {}))
+        sidecars = report.roles["sidecar"]
         table.append(
             {
                 "model": case.model,
@@ -62,6 +64,7 @@ def rows(folder: Path) -> list[dict[str, measure.Cell]]:
                 "input MB": f"{report.logical_bytes / 1e6:.1f}",
                 "archive MB": f"{report.stored_bytes / 1e6:.1f}",
                 "archive / input": f"{report.ratio:.1%}",
+                "without sidecars": f"{(report.stored_bytes - sidecars) / (report.logical_bytes - sidecars):.1%}",
                 "largest relative error": "0" if report.exact else f"{report.max_rel_error:.2g}",
             }
         )
