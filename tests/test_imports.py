@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import deltafmt
 
 EXTRAS = ("torch", "huggingface_hub")
 
@@ -28,3 +31,7 @@ for module in pkgutil.walk_packages(deltafmt.__path__, "deltafmt."):
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_type_checkers_of_users_see_the_types() -> None:
+    assert (Path(deltafmt.__file__).parent / "py.typed").is_file()

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import safetensors.torch
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -90,8 +92,7 @@ def test_29_specials(tmp_path: Path, what: str, against: str | None) -> None:
 
 @pytest.mark.parametrize("what", SPECIALS)
 def test_29_specials_as_torch_tensors(tmp_path: Path, what: str) -> None:
-    torch = pytest.importorskip("torch")
-    load = pytest.importorskip("safetensors.torch").load_file
+    load = safetensors.torch.load_file
     source = write_checkpoint(tmp_path / "src", {"w": SPECIALS[what]})
     deltafmt.pack(source, tmp_path / "packed")
     expected = load(source / "model.safetensors")["w"]
@@ -119,7 +120,6 @@ def test_29_tied_tensors_are_stored_once(tmp_path: Path) -> None:
 
 
 def test_29_non_contiguous_and_tied_torch_tensors(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(20, 12, generator=generator)
     other = torch.view_as_complex(torch.randn(20, 6, 2, generator=generator))
@@ -280,7 +280,6 @@ def test_real_checkpoints_come_back(
 
 @pytest.mark.parametrize("which", ["rxnmapper_dir", pytest.param("mgm_dir", marks=pytest.mark.slow)])
 def test_real_pickled_checkpoints(which: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    torch = pytest.importorskip("torch")
     source = request.getfixturevalue(which)
     deltafmt.pack(source, tmp_path / "packed")
     state = torch.load(source / "pytorch_model.bin", weights_only=True, map_location="cpu")
