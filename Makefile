@@ -30,6 +30,7 @@ slow: $(VENV)/installed-dev
 bench: $(VENV)/installed-bench
 	$(BIN)/python tools/bench_lossless.py
 	$(BIN)/python tools/bench_lowrank.py
+	$(BIN)/python tools/bench_merged.py
 	$(BIN)/python tools/bench_memory.py
 	$(BIN)/python tools/bench_open.py
 

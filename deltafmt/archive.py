@@ -35,7 +35,8 @@ def open(
 
     Args:
         path: the archive's directory, or a Hub id.
-        base: the base it was packed against, if any: a path, a Hub id, or a mapping of base ids to these.
+        base: the base it was packed against, if any: a path, a Hub id, a sequence of these in any order if there are
+            several, or a mapping of base ids to these.
         framework: `"np"` for numpy arrays (`ml_dtypes` for bfloat16 and float8), `"pt"` for torch tensors.
         limits: caps on what is accepted; see `deltafmt.Limits`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -15,8 +16,10 @@ import click
 
 from .limits import DEFAULT_LIMITS, Limits
 from .methods.sharing import parse_layout
+from .names import BASE_ID
 from .outcome import json_text
 from .report import Progress, Report, silent
+from .sources import Bases
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -149,6 +152,33 @@ JOBS = click.option(
     "--jobs", type=click.IntRange(min=1), metavar="N", show_default="one per processor", help="Threads."
 )
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace DST if it holds a checkpoint or an archive.")
+
+
+def bases(told: str) -> Callable[[_Function], _Function]:
+    """The option --base of what reads an archive: of one base, or of each."""
+    return click.option(
+        "--base",
+        type=model,
+        metavar="BASE",
+        multiple=True,
+        callback=_collected_bases,
+        help=f"{told} Repeatable, in any order; ID=BASE says which it is.",
+    )
+
+
+def _collected_bases(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> Bases:
+    """The bases as they were given; by id, if they have ids. What exists is a path, whatever it looks like."""
+    named: dict[str, str] = {}
+    for value in values:
+        name, equals, base = value.partition("=")
+        if not equals or not BASE_ID.fullmatch(name) or os.path.exists(value):
+            continue
+        if name in named:
+            raise click.BadParameter(f"two bases have the id {name!r}")
+        named[name] = model(base)
+    if named and len(named) < len(values):
+        raise click.BadParameter("some have an id and others have none. Write ID=BASE for all of them, or for none")
+    return named or list(values)
 
 
 def common(function: _Function) -> _Function:

@@ -16,12 +16,13 @@ from typing import Any
 
 import click
 
-from .arguments import JOBS, LIMIT, OVERWRITE, QUIET, VERBOSE, Number, Settings, common, layout, model, size
+from .arguments import JOBS, LIMIT, OVERWRITE, QUIET, VERBOSE, Number, Settings, bases, common, layout, model, size
 from .errors import DeltafmtError, IntegrityError, UsageError
 from .inspect import inspect
 from .methods.sharing import Parts
 from .outcome import Stopped, StoppedError, explained, stoppable, tell
 from .pack import METHODS, pack
+from .sources import Bases
 from .unpack import unpack
 from .verify import verify
 from .version import __version__
@@ -66,7 +67,11 @@ def program(ctx: click.Context) -> None:
 @click.argument("src", type=model)
 @click.argument("dst", type=model)
 @click.option(
-    "--base", type=model, metavar="BASE", help="The model that SRC was made from; only the difference is stored."
+    "--base",
+    type=model,
+    metavar="BASE",
+    multiple=True,
+    help="The model that SRC was made from; only the difference is stored. Repeatable: a merge has several.",
 )
 @click.option(
     "--method",
@@ -97,7 +102,7 @@ def program(ctx: click.Context) -> None:
     "--share",
     type=layout,
     metavar="LAYOUT",
-    help="Lossy: layers of SRC share the weights of an anchor layer; see above.",
+    help="Layers of SRC are differences to an anchor layer; see above. Lossless unless a lossy option is given.",
 )
 @click.option(
     "--share-parts", type=click.Choice(["mlp", "attention", "both"]), default="both", help="What layers share."
@@ -115,18 +120,23 @@ def program(ctx: click.Context) -> None:
 def pack_command(settings: Settings, /, src: str, dst: str, share_parts: Parts, **options: Any) -> None:
     """Pack the checkpoint SRC into an archive, the new directory DST.
 
-    Lossless by default: each tensor is stored as a reference to an identical one, as a patch to the same tensor of the
-    base, compressed, or as it is, whichever is smallest. DST appears once all of it is written, or not at all.
+    Lossless by default: each tensor is stored as a reference to an identical one, as a patch to what predicts it,
+    compressed, or as it is, whichever is smallest. DST appears once all of it is written, or not at all.
+
+    With --base, what merging left is found and stored exactly, at about the size of the adapter: merged LoRA and DoRA,
+    rows that only decayed, added tokens. Of a mixture of models (average, SLERP), or one whose tensors come from
+    several, name each with a --base of its own. What of them is needed to read the archive is said at the end; it is
+    found again in whatever order they are given.
 
     \b
     Lossy packing keeps low-rank factors of
       the difference to a base    --base BASE with --rank, --energy, --max-error or --target-size
-      layers to an anchor layer   --share LAYOUT, for models whose layers were trained to be alike
-      the weights themselves      neither; where it pays
+      layers to an anchor layer   --share LAYOUT with one of these, or with --method lowrank
+      the weights themselves      neither --base nor --share; where it pays
     and what does not pay stays lossless. The error of each tensor is measured and stored.
 
     \b
-    LAYOUT is one of
+    LAYOUT, for models whose layers were trained to be alike, is one of
       sequential:K   one anchor layer, then K layers that share it, and so on
       alternating    every other layer shares the one before it (sequential:1)
       5:4,6:4        layers 5 and 6 share layer 4
@@ -136,6 +146,7 @@ def pack_command(settings: Settings, /, src: str, dst: str, share_parts: Parts, 
     Examples:
       deltafmt pack model/ packed/
       deltafmt pack finetune/ packed/ --base org/base-model
+      deltafmt pack merge/ packed/ --base one/ --base other/
       deltafmt pack finetune/ packed/ --base base/ --rank 64 --exclude '*embed*'
       deltafmt pack finetune/ packed/ --base base/ --target-size 1.5GB
       deltafmt pack model/ packed/ --share sequential:2 --share-parts mlp --max-error 0.02 --dry-run
@@ -148,7 +159,7 @@ def pack_command(settings: Settings, /, src: str, dst: str, share_parts: Parts, 
 @program.command("unpack", short_help="Unpack an archive into a plain checkpoint.")
 @click.argument("src", type=model)
 @click.argument("dst", type=model)
-@click.option("--base", type=model, metavar="BASE", help="The base that SRC was packed against, if it was.")
+@bases("The base that SRC was packed against, if it was.")
 @click.option("--dtype", metavar="T", help="Cast float tensors to bfloat16, float16, float32 or float64.")
 @click.option(
     "--max-shard-size",
@@ -170,6 +181,7 @@ def unpack_command(settings: Settings, /, src: str, dst: str, **options: Any) ->
     Examples:
       deltafmt unpack packed/ restored/
       deltafmt unpack packed/ restored/ --base org/base-model
+      deltafmt unpack packed/ restored/ --base one/ --base other/
       deltafmt unpack packed/ restored/ --dtype float16 --max-shard-size 2GB
     """
     with settings.progress("unpacking") as progress:
@@ -199,15 +211,13 @@ def inspect_command(settings: Settings, /, src: str, tensors: bool) -> None:
 
 @program.command("verify", short_help="Check an archive, or compare it with a checkpoint.")
 @click.argument("src", type=model)
-@click.option(
-    "--base", type=model, metavar="BASE", help="The base that SRC was packed against. Without it, the rest is checked."
-)
+@bases("The base that SRC was packed against. Without it, the rest is checked.")
 @click.option(
     "--against", type=model, metavar="CHECKPOINT", help="Compare with this model, tensor by tensor and file by file."
 )
 @common
 @click.pass_context
-def verify_command(ctx: click.Context, src: str, base: str | None, against: str | None) -> None:
+def verify_command(ctx: click.Context, src: str, base: Bases, against: str | None) -> None:
     """Check every byte of the archive SRC and rebuild every tensor.
 
     With --against, prove that the archive is equal to a checkpoint, or say what differs (exit code 5). A lossy archive
@@ -222,8 +232,7 @@ def verify_command(ctx: click.Context, src: str, base: str | None, against: str 
     settings = ctx.ensure_object(Settings)
     with settings.progress("verifying") as progress:
         report = verify(src, base=base, against=against, progress=progress, limits=settings.limits)
-    bases = () if report.base_checked else inspect(src, limits=settings.limits).bases.values()
-    settings.show(report, base_name=next((entry["repo"] for entry in bases), None) or "BASE")
+    settings.show(report)
     if report.as_stated is False:
         ctx.exit(IntegrityError.exit_code)
 

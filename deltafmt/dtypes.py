@@ -83,13 +83,14 @@ def dtype(name: object, where: str = "") -> Dtype:
     return found
 
 
-def round_to(values: npt.NDArray[Any], target: Dtype, out: Bits | None = None) -> Bits:
+def round_to(values: npt.NDArray[Any], target: Dtype, out: Bits | None = None, *, signed_nan: bool = True) -> Bits:
     """Round float values to a float dtype as spec/arithmetic.md says: to nearest, ties to even, NaN quiet.
 
     Args:
         values: float32 or float64, any shape.
         target: F64, F32, F16 or BF16.
         out: where to put the result; an array of `target.bits` of the same shape.
+        signed_nan: a NaN keeps its sign, as in a conversion of what is given; else it has none, as in what is computed.
 
     Returns:
         The bit patterns, as `target.bits`, in the shape of `values`.
@@ -104,7 +105,7 @@ def round_to(values: npt.NDArray[Any], target: Dtype, out: Bits | None = None) -
         nan = np.isnan(values)
         quiet = np.array(np.nan, target.values).view(target.bits)
         sign = target.bits.type(1 << (8 * target.width - 1))
-        out[nan] = np.where(np.signbit(values[nan]), quiet | sign, quiet & ~sign)
+        out[nan] = np.where(np.signbit(values[nan]) & signed_nan, quiet | sign, quiet & ~sign)
     return out
 
 

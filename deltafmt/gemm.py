@@ -1,7 +1,7 @@
-"""The matrix product of the fast path, and the rounding that follows it.
+"""The matrix product of the fast path, and the conversions before and behind it.
 
-Torch is faster than numpy at both and is used if it is installed; either way the bound of spec/arithmetic.md is kept:
-full-precision products and sums, in any order, rounded once.
+Torch is faster than numpy at all of them and is used if it is installed. Either way spec/arithmetic.md is kept:
+products and sums have full precision, in any order, and are rounded once.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
-from .dtypes import DTYPES, Bits, Dtype, round_to
+from .dtypes import DTYPES, Bits, Dtype, round_to, widen
 from .scratch import scratch
 
-_ONE_AT_A_TIME = threading.Lock()  # numpy's BLAS uses every core; two products at once get in each other's way
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @functools.cache
@@ -29,6 +31,9 @@ def installed_torch() -> Any:
         return None
     import torch
 
+    with _SETTING:
+        if _THREADS.inside and _THREADS.torch is None:
+            _limit_torch()
     return torch
 
 
@@ -40,10 +45,10 @@ def add_product(into: npt.NDArray[Any], b: npt.NDArray[Any], a: npt.NDArray[Any]
         b: `[r, m]`, a: `[r, n]`, of the same dtype.
     """
     torch = installed_torch()
-    if torch is not None and torch.get_float32_matmul_precision() == "highest":  # else it may round the operands
+    if torch is not None and _has_full_precision(torch):
         torch.from_numpy(into).addmm_(torch.from_numpy(b).T, torch.from_numpy(a), beta=0 if first else 1)
         return
-    with _ONE_AT_A_TIME:
+    with alone():
         if first:
             np.matmul(b.T, a, out=into)
         else:
@@ -51,16 +56,35 @@ def add_product(into: npt.NDArray[Any], b: npt.NDArray[Any], a: npt.NDArray[Any]
             np.add(into, np.matmul(b.T, a, out=product), out=into)
 
 
-def round_wide(values: npt.NDArray[Any], target: Dtype, out: Bits) -> None:
-    """`dtypes.round_to`, four times as fast for bf16 where torch is installed and rounds exactly so."""
+def _has_full_precision(torch: Any) -> bool:
+    """Whether torch multiplies float32 as they are; if not, it may round the operands to TF32 or bf16 first."""
+    try:
+        return bool(torch.get_float32_matmul_precision() == "highest")
+    except RuntimeError:  # somebody has set it per backend, where torch has a newer interface for that
+        return False
+
+
+def round_wide(values: npt.NDArray[Any], target: Dtype, out: Bits, exact: bool = True) -> None:
+    """Round what was computed in the accumulation type, `[m]`, to bits of `target`, `[m]`.
+
+    `dtypes.round_to`, four times as fast for bf16 where torch is installed and rounds exactly so. A NaN has no sign;
+    unless `exact`, any NaN will do.
+    """
     torch = installed_torch()
-    if torch is None or target.name != "BF16" or values.dtype != np.float32 or not _torch_rounds_to_bf16():
-        round_to(values, target, out)
-        return
-    if np.isnan(values.min(initial=0)):
-        round_to(values, target, out)
+    has_torch = torch is not None and target.name == "BF16" and values.dtype == np.float32 and _torch_rounds_to_bf16()
+    if not has_torch or (exact and np.isnan(values.min(initial=0))):  # a NaN is the minimum of whatever it is in
+        round_to(values, target, out, signed_nan=False)
         return
     torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).copy_(torch.from_numpy(values))
+
+
+def widen_into(bits: Bits, source: Dtype, out: npt.NDArray[Any]) -> None:
+    """`dtypes.widen` into `out`, in one pass from bf16 to float32 where torch is installed."""
+    torch = installed_torch() if source.name == "BF16" and out.dtype == np.float32 else None
+    if torch is None:
+        widen(bits, source, out.dtype, out)
+    else:
+        torch.from_numpy(out).copy_(torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16))
 
 
 @functools.cache
@@ -76,23 +100,46 @@ def _torch_rounds_to_bf16() -> bool:
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Have torch use one thread for each of ours: a pool of ours keeps every core busy already.
+    """Have numpy's BLAS and torch use one thread for each of ours: a pool of ours keeps every core busy already.
 
-    Torch's setting is the process's: whoever leaves last puts it back to what the first found.
+    Both settings are the process's: whoever comes first changes them, whoever leaves last puts them back.
     """
-    torch = installed_torch()
-    if torch is None:
-        yield
-        return
     with _SETTING:
-        _FOUND.append(torch.get_num_threads())
-        torch.set_num_threads(1)
+        if _THREADS.inside == 0:
+            _THREADS.blas = threadpool_limits(1, user_api="blas")
+            if "torch" in sys.modules:
+                _limit_torch()
+        _THREADS.inside += 1
     try:
         yield
     finally:
         with _SETTING:
-            torch.set_num_threads(_FOUND.pop())
+            _THREADS.inside -= 1
+            if _THREADS.inside == 0:
+                _THREADS.blas.restore_original_limits()
+                if _THREADS.torch is not None:
+                    sys.modules["torch"].set_num_threads(_THREADS.torch)
+                    _THREADS.torch = None
+
+
+def alone() -> contextlib.AbstractContextManager[Any]:
+    """For products of numpy: one at a time, unless each has a thread of its own. They get in each other's way."""
+    return contextlib.nullcontext() if _THREADS.inside else _ONE_AT_A_TIME
+
+
+class _Threads:
+    """What `one_thread_each` changed: how many are inside it, and what was set before."""
+
+    inside = 0
+    blas: Any = None
+    torch: int | None = None
+
+
+def _limit_torch() -> None:
+    torch = sys.modules["torch"]
+    _THREADS.torch = torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 _SETTING = threading.Lock()
-_FOUND: list[int] = []  # by each caller inside; all but the first found 1
+_THREADS = _Threads()

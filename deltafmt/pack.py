@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,22 @@ from .digests import digest
 from .dtypes import Bits
 from .durable import DryRun, Staging
 from .errors import UsageError
+from .gemm import one_thread_each
 from .limits import DEFAULT_LIMITS, Limits
 from .manifest import Base, BaseTensor, Manifest, Tensor
-from .methods.lossless import Coding, Prediction, choose
+from .methods.lossless import Coding, choose
 from .methods.lowrank import Factored, LowrankMethod, Request
-from .methods.sharing import Parts
-from .operators import Patch, Ref, Stored
+from .methods.prediction import Elements, Referred
+from .methods.sharing import Parts, shared_layers
+from .operators import Ref
 from .operators.patch import predicts
 from .pipeline import IN_FLIGHT_BYTES, Pipeline
 from .report import PackReport, Progress, silent
 from .roles import role_bytes, tensor_reports
 from .scratch import BufferPool
 from .sources import (
-    BASE_ID,
     PathLike,
+    base_id,
     check_apart,
     check_source,
     check_usable_base,
@@ -48,7 +51,7 @@ def pack(
     src: PathLike,
     dst: PathLike,
     *,
-    base: PathLike | None = None,
+    base: PathLike | Sequence[PathLike] | None = None,
     method: str = "auto",
     rank: int | None = None,
     energy: float | None = None,
@@ -70,14 +73,15 @@ def pack(
 
     Args:
         src, base: a local Hugging Face directory or weight file, a Hub id, or an archive. `base` is another model that
-            `src` was made from.
+            `src` was made from, or several: each tensor is stored as its difference to whichever suits it best. What
+            may be lost is measured against one base only.
         dst: the directory to create. Nothing is written there unless the whole pack succeeds.
         method: `"lossless"`, `"lowrank"`, or `"auto"`: lowrank if one of the options below is given.
         rank, energy, max_error, target_size: how many components to keep: a number; the share (0 to 1) of the delta's
             squared norm to keep; the largest relative error of a tensor; bytes of the whole archive, spent where they
             lower the error most.
         share: layers of the model share an anchor layer: `"sequential:K"`, `"alternating"`, or `"5:4,6:4"`
-            (layer:anchor).
+            (layer:anchor). Not lossy by itself.
         share_parts: `"mlp"`, `"attention"` or `"both"`.
         include, exclude: glob patterns of the tensors that may become low-rank; all others stay lossless.
         force: share layers even if they are not alike.
@@ -92,12 +96,12 @@ def pack(
         Sizes, errors and methods, in total and per tensor.
 
     Raises:
-        UsageError: `dst` exists, or the request makes no sense (the message has the numbers).
+        UsageError: `dst` exists, a base is given twice, or the request makes no sense (the message has the numbers).
         MalformedError, IntegrityError, UnsupportedError: `src` or `base` cannot be read.
         AccessError: reading or writing failed.
     """
     request = None
-    lossy = method == "lowrank" or any(option is not None for option in (rank, energy, max_error, target_size, share))
+    lossy = method == "lowrank" or any(option is not None for option in (rank, energy, max_error, target_size))
     if method not in METHODS:
         raise UsageError(f"unknown method {method!r}", hint=f"Choose one of {', '.join(METHODS)}")
     if method == "lossless" and lossy:
@@ -111,21 +115,31 @@ def pack(
             "include, exclude and force choose what may be lost, and nothing may",
             hint="Add a lossy option, such as --rank",
         )
+    given = [base] if isinstance(base, (str, os.PathLike)) else list(base or ())
+    if lossy and len(given) > 1:
+        raise UsageError(
+            f"a lossy option goes with one base, and {len(given)} are given",
+            hint="Leave out all but one --base, or the lossy option: lossless packing takes several",
+        )
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        source, origin = local_path(src), local_path(base) if base is not None else None
-        checkpoint = stack.enter_context(open_source(source, base=origin, limits=limits))
-        reference = stack.enter_context(open_source(origin, limits=limits)) if origin is not None else None
+        source, origins = local_path(src), {base_id(place): local_path(each) for place, each in enumerate(given)}
+        checkpoint = stack.enter_context(open_source(source, base=list(origins.values()), limits=limits))
+        references = {name: stack.enter_context(open_source(origin, limits=limits)) for name, origin in origins.items()}
         check_source(checkpoint)
-        check_apart(Path(dst), source, origin)
+        check_apart(Path(dst), source, *origins.values())
         area = stack.enter_context((DryRun if dry_run else Staging)(Path(dst), overwrite=overwrite))
         pipeline = stack.enter_context(Pipeline(jobs))
-        packer = _Packer(checkpoint, reference, pipeline, area, progress, shard_bytes)
-        if origin is not None and reference is not None:
-            check_usable_base(reference)
-            packer.identify_base(*provenance(origin))
+        if request is None:  # a lossy request decomposes one tensor at a time, with all threads
+            stack.enter_context(one_thread_each())
+        packer = _Packer(checkpoint, references, pipeline, area, progress, shard_bytes)
+        for name, origin in origins.items():
+            check_usable_base(references[name])
+            packer.identify_base(name, *provenance(origin))
         if request is not None:
             packer.plan(request)
+        elif share is not None:
+            packer.share(shared_layers(checkpoint, share, share_parts).anchors)
         manifest = packer.run()
         stored = packer.stored_bytes(manifest)
         area.commit()
@@ -140,7 +154,9 @@ def pack(
         tensors=reports,
         source=str(src),
         destination=str(dst),
-        base=None if base is None else str(base),
+        base=str(given[0]) if given else None,
+        bases=tuple(map(str, given)),
+        bases_needed=tuple(str(each) for name, each in zip(origins, given, strict=True) if name in manifest.bases),
         method="lossless" if request is None else "lowrank",
         dry_run=dry_run,
         non_finite=packer.non_finite,
@@ -156,19 +172,20 @@ class _Prepared:
     bits: Bits
     coding: Coding | None = None
     factored: Factored | None = None
+    bases: Sequence[Referred] = ()
 
 
 class _Packer:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        reference: Checkpoint | None,
+        references: Mapping[str, Checkpoint],
         pipeline: Pipeline,
         area: Staging,
         progress: Progress,
         shard_bytes: int,
     ) -> None:
-        self._checkpoint, self._reference, self._pipeline, self._area = checkpoint, reference, pipeline, area
+        self._checkpoint, self._references, self._pipeline, self._area = checkpoint, references, pipeline, area
         arrays = [(name, len(info.shape)) for name, info in checkpoint.tensors.items()]
         arrays += [(file.name, 1) for file in checkpoint.files]
         arrays += [(checkpoint.index[0], 1)] if checkpoint.index else []
@@ -176,32 +193,46 @@ class _Packer:
         self._bases: dict[str, Base] = {}
         self._copies: dict[tuple[str, tuple[int, ...], str], Ref] = {}
         self._lowrank: LowrankMethod | None = None
+        self._anchors: Mapping[str, str] = {}
         self._buffers = BufferPool(IN_FLIGHT_BYTES)
         self._progress = progress
         self._done = 0
         self._total = sum(info.nbytes for info in checkpoint.tensors.values())
 
-    # The base
+    # The bases
 
-    def identify_base(self, repo: str, revision: str | None) -> None:
-        """Digest every tensor of the base; they are what it is known by from now on."""
-        reference = self._reference
-        assert reference is not None
+    def identify_base(self, name: str, repo: str, revision: str | None) -> None:
+        """Digest every tensor of a base: what it is known by from now on. Raises `UsageError` if it is known."""
+        reference = self._references[name]
         tensors: dict[str, BaseTensor] = {}
         for (tensor, info), found in self._pipeline.ordered(
             reference.tensors.items(), lambda item: reference.digest(item[0]), lambda _: 1 << 20
         ):
             tensors[tensor] = BaseTensor(info.dtype, info.shape, found)
-            self._copies.setdefault((info.dtype.name, info.shape, found), Ref(tensor, BASE_ID))
+            self._copies.setdefault((info.dtype.name, info.shape, found), Ref(tensor, name))
             self._progress(0, self._total, "reading the base")
-        self._bases[BASE_ID] = Base(tensors, repo, revision)
+        found_base = Base(tensors, repo, revision)
+        for other, known in self._bases.items():
+            if known.digest == found_base.digest:
+                raise UsageError(
+                    "two bases are the same model",
+                    where=reference.location,
+                    found=self._references[other].location,
+                    hint="Give each base once",
+                )
+        self._bases[name] = found_base
 
     # Methods
 
     def plan(self, request: Request) -> None:
         """Decide which tensors may lose something and how much. Raises `RefusedError` if the request makes no sense."""
-        self._lowrank = LowrankMethod(request, self._checkpoint, self._reference, self._pipeline, self._progress)
+        reference = next(iter(self._references.values()), None)
+        self._lowrank = LowrankMethod(request, self._checkpoint, reference, self._pipeline, self._progress)
         self._lowrank.plan()
+
+    def share(self, anchors: Mapping[str, str]) -> None:
+        """Let tensors be predicted by others of the checkpoint, those of their anchor layers."""
+        self._anchors = anchors
 
     def _prepare(self, item: tuple[str, TensorInfo]) -> _Prepared:
         name, info = item
@@ -211,10 +242,11 @@ class _Packer:
             return _Prepared(found, bits, factored=factored)
         if (info.dtype.name, info.shape, found) in self._copies:
             return _Prepared(found, bits)
-        coding = choose(info.dtype, info.shape, bits, self._prediction(name, info))
+        bases = list(self._predictions(name, info))
+        coding = choose(name, Elements(info.dtype, info.shape, bits), bases)
         if coding.chunks <= _FEW_CHUNKS:
             coding.encode()
-        return _Prepared(found, bits, coding)
+        return _Prepared(found, bits, coding, bases=bases)
 
     def _read(self, checkpoint: Checkpoint, name: str) -> Bits:
         """A whole tensor in a buffer of the pool; `_release` gives it back."""
@@ -225,20 +257,31 @@ class _Packer:
 
     def _release(self, prepared: _Prepared) -> None:
         self._buffers.give(prepared.bits)
-        if prepared.coding is not None and prepared.coding.prediction is not None:
-            self._buffers.give(prepared.coding.prediction.bits)
+        for base in prepared.bases:
+            self._buffers.give(base.bits)
 
-    def _prediction(self, name: str, info: TensorInfo) -> Prediction | None:
-        if self._reference is None or (like := self._reference.tensors.get(name)) is None:
-            return None
-        if like.shape != info.shape or not predicts(like.dtype, info.dtype) or not info.count:
-            return None
-        return Prediction(Ref(name, BASE_ID), like.dtype, self._read(self._reference, name))
+    def _predictions(self, name: str, info: TensorInfo) -> Iterator[Referred]:
+        """The tensor of that name in each base, and that of its anchor layer, where alike but for the rows."""
+        for ref, checkpoint in self._likes(name):
+            like = checkpoint.tensors[ref.tensor]
+            alike = len(like.shape) == len(info.shape) and like.shape[1:] == info.shape[1:]
+            if alike and info.count and predicts(like.dtype, info.dtype):
+                bits = self._buffers.take(like.dtype.bits, info.count)
+                shared = min(like.count, info.count)
+                checkpoint.read(ref.tensor, 0, shared, bits[:shared])
+                bits[shared:] = 0
+                yield Referred(ref, like.dtype, bits, resized=like.shape != info.shape)
+
+    def _likes(self, name: str) -> Iterator[tuple[Ref, Checkpoint]]:
+        for base, reference in self._references.items():
+            if name in reference.tensors:
+                yield Ref(name, base), reference
+        if name in self._anchors:
+            yield Ref(self._anchors[name]), self._checkpoint
 
     def _weight(self, item: tuple[str, TensorInfo]) -> int:
         name, info = item
-        like = self._reference.tensors.get(name) if self._reference is not None else None
-        return info.nbytes + (like.nbytes if like is not None else 0)
+        return info.nbytes + sum(checkpoint.tensors[ref.tensor].nbytes for ref, checkpoint in self._likes(name))
 
     # The work
 
@@ -255,12 +298,10 @@ class _Packer:
             self._writer.add_sidecar(sidecar, path)
         layout = self._writer.add_layout(self._checkpoint)
         self._progress(self._total, self._total, "done")
-        bases = self._bases if self._uses_base() else {}
-        return self._writer.finish(layout, bases, {"producer": f"deltafmt {__version__}"})
-
-    def _uses_base(self) -> bool:
         nodes = (node for tensor in self._writer.tensors.values() for node in tensor.recipe.walk())
-        return any(isinstance(node, Ref) and node.base is not None for node in nodes)
+        used = {node.base for node in nodes if isinstance(node, Ref)}
+        bases = {name: base for name, base in self._bases.items() if name in used}
+        return self._writer.finish(layout, bases, {"producer": f"deltafmt {__version__}"})
 
     def _store(self, name: str, info: TensorInfo, prepared: _Prepared) -> Tensor:
         if prepared.factored is not None:
@@ -273,11 +314,9 @@ class _Packer:
         self._copies[identity] = Ref(name)
         coding = prepared.coding
         assert coding is not None
-        if coding.prediction is None:
-            stored = self._add(name, coding, info, prepared.digest)
-            return Tensor(info.dtype, info.shape, Stored(stored), digest=prepared.digest)
-        residual = self._add(f"{name}#residual", coding, info, None)
-        return Tensor(info.dtype, info.shape, Patch(coding.prediction.ref, Stored(residual)), digest=prepared.digest)
+        plain = coding.prediction is None
+        stored = self._add(name if plain else f"{name}#residual", coding, info, prepared.digest if plain else None)
+        return Tensor(info.dtype, info.shape, coding.recipe(name, stored, self._writer), digest=prepared.digest)
 
     def _add(self, wanted: str, coding: Coding, info: TensorInfo, known: str | None) -> str:
         running = None if known else hashlib.sha256()

@@ -154,7 +154,7 @@ class Archive(Checkpoint):
 
     # What recipes read
 
-    def rebuilder(self, name: str, depth: int = 0) -> Rebuilder:
+    def rebuilder(self, name: str) -> Rebuilder:
         """The recipe of a tensor bound to this archive and its bases.
 
         Raises `UsageError` for an unknown name, `WrongBaseError` if a base is needed and missing or another.
@@ -163,21 +163,34 @@ class Archive(Checkpoint):
         tensor = self.manifest.tensors.get(name)
         if tensor is None:
             raise UsageError(f"there is no tensor '{escaped(name)}'", where=self.location, hint="keys() lists them")
-        return Rebuilder(tensor.recipe, _Depth(self, depth), self.scope, self.scope.target(name), depth)
+        return Rebuilder(tensor.recipe, self, self.scope, self.scope.target(name))
 
     def array_reader(self, name: str) -> Read:
         self._check_open()
         return self._shards[self.manifest.arrays[name].shard].array(name)
 
+    def tensor_reader(self, name: str) -> Read:
+        return self.rebuilder(name).read
+
+    def base_reader(self, base: str, name: str) -> Read:
+        return self.base(base).reader(name)
+
+    @property
+    def computes(self) -> bool:
+        """Whether any tensor, of this archive or of a base of it, is computed: see `gemm.one_thread_each`."""
+        return self.scope.computes or any(base.computes for base in self.bases.values())
+
     def base(self, name: str) -> VerifiedBase:
         """A base that was given. Raises `WrongBaseError` (reason `base-missing`) if it was not."""
         if name not in self.bases:
-            known = self.manifest.bases[name]
+            known = self.manifest.bases
+            missing = [repr(base.repo) for other, base in known.items() if base.repo and other not in self.bases]
             raise WrongBaseError(
                 f"it needs the base '{name}'",
                 where=self.location,
-                expected=known.digest,
-                hint=f"Pass --base (base= in Python){f': it was packed against {known.repo!r}' if known.repo else ''}. "
+                expected=known[name].digest,
+                hint=f"Pass --base (base= in Python){': it was packed against ' if missing else ''}"
+                f"{' and '.join(missing)}. "
                 "If this archive is itself what --base names, unpack it first and pass the result",
                 reason="base-missing",
             )
@@ -241,20 +254,6 @@ class Archive(Checkpoint):
             raise UsageError("the archive is closed", where=self.location, hint="Read inside the 'with' block")
 
 
-class _Depth:
-    """The archive as a recipe's source that counts the references followed: nested rebuilds need their own buffers."""
-
-    def __init__(self, archive: Archive, depth: int) -> None:
-        self._archive, self._depth = archive, depth
-        self.array_reader = archive.array_reader
-
-    def tensor_reader(self, name: str) -> Read:
-        return self._archive.rebuilder(name, self._depth + 1).read
-
-    def base_reader(self, base: str, name: str) -> Read:
-        return self._archive.base(base).reader(name, self._depth + 1)
-
-
 class VerifiedBase:
     """A base that is what the manifest says.
 
@@ -282,11 +281,15 @@ class VerifiedBase:
             reason="base-mismatch",
         )
 
-    def reader(self, tensor: str, depth: int) -> Read:
-        """A reader of a base tensor, its digest verified. `depth` counts the references followed to get here."""
+    @property
+    def computes(self) -> bool:
+        return isinstance(self._checkpoint, Archive) and self._checkpoint.computes
+
+    def reader(self, tensor: str) -> Read:
+        """A reader of a base tensor, its digest verified."""
         self.verify(tensor)
         if isinstance(self._checkpoint, Archive):
-            return self._checkpoint.rebuilder(tensor, depth).read
+            return self._checkpoint.rebuilder(tensor).read
         return lambda lo, hi, out: self._checkpoint.read(tensor, lo, hi, out)
 
     def verify(self, tensor: str) -> None:

@@ -14,9 +14,9 @@ from .encodings import choose_chunk
 from .gemm import round_wide
 from .operators import Operator, Scope, Source, Target
 from .operators.base import ReadValue
-from .scratch import scratch
+from .scratch import borrowed
 
-_BLOCK_ELEMENTS = 1 << 19  # in float32 2 MiB: stays in the cache from one step to the next
+_BLOCK_ELEMENTS = 1 << 20  # in float32 4 MiB: stays in the cache, and a product is worth the time to begin it
 _SILENT: dict[str, Any] = {"over": "ignore", "under": "ignore", "invalid": "ignore"}  # infinities and NaN are values
 
 
@@ -28,12 +28,11 @@ def good_step(shape: Shape, width: int, elements: int) -> int:
 
 
 class Rebuilder:
-    """Rebuilds any range of one tensor; thread-safe. `depth` counts the references followed to get here."""
+    """Rebuilds any range of one tensor; thread-safe."""
 
-    def __init__(self, recipe: Operator, source: Source, scope: Scope, target: Target, depth: int = 0) -> None:
+    def __init__(self, recipe: Operator, source: Source, scope: Scope, target: Target) -> None:
         self.target = target
         self._value = recipe.bind(source, scope, target)
-        self._accumulator = f"accumulator {depth}"
 
     @property
     def dtype(self) -> Dtype:
@@ -44,8 +43,7 @@ class Rebuilder:
         if isinstance(self._value, ReadValue):
             self._value.bits(lo, hi, out)
             return
-        # Blocks end at multiples of one step, so that a tensor this one refers to has each in one of its own blocks:
-        # its result may lie in scratch memory that a second block would use again.
+        # Blocks end where chunks do, as a rule, so that few are decoded twice.
         step = good_step(self.target.shape, self.dtype.width, _BLOCK_ELEMENTS)
         begin = lo
         while begin < hi:
@@ -57,10 +55,10 @@ class Rebuilder:
         if self._value.facts.dtype is not None:
             self._value.bits(lo, hi, out)
             return
-        wide = scratch(self._accumulator, self.target.accumulator, hi - lo)
-        with np.errstate(**_SILENT):
-            self._value.accumulate(lo, hi, wide, first=True)
-        round_wide(wide, self.dtype, out)
+        with borrowed(self.target.accumulator, hi - lo) as wide:
+            with np.errstate(**_SILENT):
+                self._value.accumulate(lo, hi, wide, first=True)
+            round_wide(wide, self.dtype, out, self._value.facts.exact)
 
     def reference(self, lo: int, hi: int) -> Bits:
         """The same elements by the ordered reference: slow, and the definition."""
@@ -69,4 +67,4 @@ class Rebuilder:
             self._value.bits(lo, hi, out)
             return out
         with np.errstate(**_SILENT):
-            return round_to(self._value.reference(lo, hi, self.target.accumulator), self.dtype)
+            return round_to(self._value.reference(lo, hi, self.target.accumulator), self.dtype, signed_nan=False)

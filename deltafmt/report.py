@@ -55,12 +55,15 @@ class Report:
 class PackReport(Report):
     """`roles` is that of `InspectReport`.
 
+    `base` is the first base given, `bases` are all; reading the archive takes those in `bases_needed`.
     `non_finite` counts the NaN and infinities of tensors that stay lossless for them, though more was asked.
     """
 
     source: str = ""
     destination: str = ""
     base: str | None = None
+    bases: tuple[str, ...] = ()
+    bases_needed: tuple[str, ...] = ()
     method: str = "lossless"
     dry_run: bool = False
     non_finite: dict[str, int] = field(default_factory=dict)
@@ -79,7 +82,8 @@ class VerifyReport(Report):
     """`against` is None if nothing was compared; `equal`: whether tensors and files are all the same, bit for bit.
 
     `as_stated` is true as well where nothing differs but lossy tensors, each by the error that the archive states.
-    `unchecked` are the tensors that could not be rebuilt for want of the base.
+    `unchecked` are the tensors that could not be rebuilt for want of a base, `bases_missing` the bases not given: by
+    id, where to look for them.
     """
 
     source: str = ""
@@ -87,6 +91,7 @@ class VerifyReport(Report):
     equal: bool | None = None
     as_stated: bool | None = None
     base_checked: bool = True
+    bases_missing: dict[str, str | None] = field(default_factory=dict)
     unchecked: tuple[str, ...] = ()
     differences: dict[str, str] = field(default_factory=dict)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .manifest import Manifest, Tensor
-from .operators import Lowrank, Operator, Patch, Ref, Stored, Sum
+from .operators import Lowrank, Operator, Patch, Ref, Scaled, Stored, Sum
 from .report import TensorReport
 
 ROLES = ("base", "factors", "residual", "layout", "sidecar", "manifest", "overhead")
@@ -28,6 +28,9 @@ def _mark(node: Operator, role: str, roles: dict[str, str]) -> None:
     elif isinstance(node, Patch):
         _mark(node.prediction, role, roles)
         _mark(node.residual, "residual", roles)
+    elif isinstance(node, Scaled):
+        _mark(node.x, role, roles)
+        _mark(node.scale, "factors", roles)
     else:
         for operand in node.operands():
             _mark(operand, "factors" if isinstance(node, Lowrank) else role, roles)
@@ -47,12 +50,20 @@ def role_bytes(
 
 
 def method(tensor: Tensor, manifest: Manifest) -> str:
-    """`raw`, `compressed`, `ref` (inside the archive), `base-ref`, `patch`, `lowrank`."""
+    """How a tensor is stored.
+
+    `raw`, `compressed`, `ref` (inside the archive), `base-ref`, `patch` (of a base as it is), `patch-lowrank`,
+    `patch-scaled`, `patch-mixture` (of what is computed from it), `lowrank` (not exact).
+    """
     recipe = tensor.recipe
     if isinstance(recipe, Stored):
         return "raw" if manifest.arrays[recipe.array].encoding.is_raw else "compressed"
     if isinstance(recipe, Ref):
         return "ref" if recipe.base is None else "base-ref"
+    if isinstance(recipe, Patch):
+        kinds = {type(node) for node in recipe.prediction.walk()}
+        names = {Lowrank: "-lowrank", Sum: "-mixture", Scaled: "-scaled"}
+        return "patch" + next((name for kind, name in names.items() if kind in kinds), "")
     return "lowrank" if isinstance(recipe, (Sum, Lowrank)) else recipe.op
 
 

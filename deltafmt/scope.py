@@ -14,7 +14,7 @@ from .errors import MalformedError
 from .limits import DEFAULT_LIMITS, RECIPE_DEPTH, RECIPE_NODES, Limits
 from .manifest import Manifest, Tensor
 from .names import escaped
-from .operators import Facts, Lowrank, Operator, Ref, Stored, Target
+from .operators import Facts, Lowrank, Operator, Ref, Scaled, Stored, Sum, Target
 
 
 class _Extent(NamedTuple):
@@ -36,7 +36,7 @@ class ManifestScope:
 
     def array(self, name: str) -> Facts | None:
         array = self._manifest.arrays.get(name)
-        return None if array is None else Facts(array.dtype, array.shape, exact=True)
+        return None if array is None else Facts(array.dtype, array.shape, exact=True, chunk=array.encoding.chunk)
 
     def tensor(self, name: str) -> Facts | None:
         tensor = self._manifest.tensors.get(name)
@@ -50,10 +50,23 @@ class ManifestScope:
     def target(self, name: str) -> Target:
         """The tensor `name` as the target of its recipe, with its accumulation type."""
         tensor = self._manifest.tensors[name]
-        double = tensor.dtype.name == "F64" or any(
-            facts is not None and facts.dtype is DTYPES["F64"] for facts in map(self._leaf, tensor.recipe.walk())
+        factors = [factor for node in tensor.recipe.walk() if isinstance(node, Lowrank) for factor in node.operands()]
+        double = (
+            tensor.dtype.name == "F64"
+            or self._has(tensor.recipe, "F64")
+            or any(self._has(factor, "I32") for factor in factors)
         )
         return Target(name, tensor.dtype, tensor.shape, np.dtype("f8" if double else "f4"))
+
+    def _has(self, recipe: Operator, dtype: str) -> bool:
+        """Whether something that a recipe reads has this dtype."""
+        return any(facts is not None and facts.dtype is DTYPES[dtype] for facts in map(self._leaf, recipe.walk()))
+
+    @property
+    def computes(self) -> bool:
+        """Whether any tensor is computed, not only read and corrected."""
+        recipes = (tensor.recipe for tensor in self._manifest.tensors.values())
+        return any(isinstance(node, Sum | Lowrank | Scaled) for recipe in recipes for node in recipe.walk())
 
     def bases_needed(self, name: str) -> set[str]:
         """The bases that a tensor refers to, directly or through other tensors."""

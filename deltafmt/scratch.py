@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+_LINE = 64  # bytes of a cache line, and of the widest vector registers
+
 
 class _Scratch(threading.local):
     def __init__(self) -> None:
         self.buffers: dict[str, npt.NDArray[np.uint8]] = {}
+        self.stack: list[npt.NDArray[np.uint8]] = []
+        self.borrowed = 0
 
 
 _SCRATCH = _Scratch()
@@ -25,6 +31,36 @@ def scratch(purpose: str, dtype: npt.DTypeLike, count: int) -> npt.NDArray[Any]:
     if buffer is None or buffer.nbytes < size:
         buffer = _SCRATCH.buffers[purpose] = np.empty(size, np.uint8)
     return buffer[:size].view(kind)
+
+
+@contextmanager
+def borrowed(dtype: npt.DTypeLike, count: int) -> Iterator[npt.NDArray[Any]]:
+    """A flat array of `count` elements, this thread's own until the `with` block ends, whatever is called inside it.
+
+    The n-th of nested loans is always the same memory. Use it, not `scratch`, around anything that reads a recipe: what
+    is read there may be another recipe, which needs buffers of its own.
+    """
+    kind = np.dtype(dtype)
+    size = count * kind.itemsize
+    level, stack = _SCRATCH.borrowed, _SCRATCH.stack
+    if level == len(stack):
+        stack.append(aligned(np.uint8, size))
+    elif stack[level].nbytes < size:
+        stack[level] = aligned(np.uint8, size)
+    _SCRATCH.borrowed += 1
+    try:
+        yield stack[level][:size].view(kind)
+    finally:
+        _SCRATCH.borrowed -= 1
+
+
+def aligned(dtype: npt.DTypeLike, count: int) -> npt.NDArray[Any]:
+    """An uninitialised flat array that begins at a cache line: a matrix product is 5-10 % faster on such."""
+    kind = np.dtype(dtype)
+    size = count * kind.itemsize
+    room = np.empty(size + _LINE, np.uint8)
+    begin = -room.ctypes.data % _LINE
+    return room[begin : begin + size].view(kind)
 
 
 class BufferPool:

@@ -179,11 +179,12 @@ class ArrayReader:
         size = row[-1] - begin
         place = f"bytes {self._begin + begin} to {self._begin + row[-1]}"
         where = f"{self._file.path}: '{escaped(self._name)}', chunk {index}, {place}"
-        if size > out.nbytes:
+        longest = self._array.encoding.longest(out.nbytes)
+        if size > longest:
             raise MalformedError(
                 "a chunk is longer than its elements",
                 where=where,
-                expected=f"at most {out.nbytes}",
+                expected=f"at most {longest}",
                 found=size,
                 reason="chunk-size",
             )

@@ -2,44 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 from . import hf, hub
+from .bases import matched, refuse
 from .checkpoint import Checkpoint
 from .errors import AccessError, DestinationError, MalformedError, MissingExtraError, UsageError
 from .limits import DEFAULT_LIMITS, Limits
 from .reader import Archive, is_archive, read_manifest
 
 PathLike: TypeAlias = str | os.PathLike[str]
-Bases: TypeAlias = PathLike | Checkpoint | Mapping[str, PathLike | Checkpoint]
+Bases: TypeAlias = PathLike | Checkpoint | Sequence[PathLike | Checkpoint] | Mapping[str, PathLike | Checkpoint]
+"""The bases of an archive: one; several, in any order; or a mapping of base ids to them."""
 
 
 def open_source(
-    source: PathLike | Checkpoint, *, base: PathLike | None = None, limits: Limits = DEFAULT_LIMITS
+    source: PathLike | Checkpoint, *, base: Sequence[PathLike] = (), limits: Limits = DEFAULT_LIMITS
 ) -> Checkpoint:
     """Open a model for reading; close it when done.
 
     Args:
         source: a directory or weight file, an archive, a Hub id (`org/name`, or `org/name@revision`), or a checkpoint
             that is open already.
-        base: the base of the source, if that is an archive that has one.
+        base: models among which are the bases of the source, if that is an archive that has some.
 
     Raises:
         AccessError: it does not exist, or cannot be fetched.
         MalformedError, IntegrityError, UnsupportedError: it is damaged or unknown.
-        WrongBaseError: `base` is another model.
+        WrongBaseError: `base` is another model, and the only one.
     """
     if isinstance(source, Checkpoint):
         return source
     path = local_path(source)
     if not is_archive(path):
         return hf.open_plain(path, limits=limits)
-    has_base = base is not None and bool(read_manifest(path, limits).bases)
-    return open_archive(path, base if has_base else None, limits=limits)
+    return _open_archive(path, base, limits, strict=False)
 
 
 def open_archive(path: PathLike, base: Bases | None = None, *, limits: Limits = DEFAULT_LIMITS) -> Archive:
@@ -47,30 +49,52 @@ def open_archive(path: PathLike, base: Bases | None = None, *, limits: Limits = 
 
     Args:
         path: the archive's directory, or a Hub id.
-        base: the base it was packed against; a mapping of base ids if there are several.
+        base: the base or bases it was packed against. Which is which is told by their content, unless ids say so.
 
     Raises:
         MalformedError, UnsupportedError, IntegrityError: as spec/reasons.md says.
-        WrongBaseError: `base` is another model.
+        WrongBaseError: `base` is another model, or one of them is.
+        UsageError: the archive has no base of an id given; or two of `base` are the same model.
     """
-    folder = local_path(path, missing_is_malformed=True)
-    bases: dict[str, Checkpoint] = {}
-    try:
+    return _open_archive(local_path(path, missing_is_malformed=True), base, limits, strict=True)
+
+
+def _open_archive(folder: Path, base: Bases | None, limits: Limits, *, strict: bool) -> Archive:
+    """`strict`: refuse what is given and is none of the bases."""
+    with contextlib.ExitStack() as opened:
+        given = [opened.enter_context(open_source(each, limits=limits)) for each in each_base(base)]
+        found: dict[str, Checkpoint] = {}
+        others: list[Checkpoint] = []
         if isinstance(base, Mapping):
-            bases = {name: open_source(source, limits=limits) for name, source in base.items()}
-        elif base is not None:
-            bases = {BASE_ID: open_source(base, limits=limits)}
-            if not read_manifest(folder, limits).bases:  # a base that is not needed does no harm
-                bases.pop(BASE_ID).close()
-        return Archive(folder, bases, limits=limits)
-    except BaseException:
-        for checkpoint in bases.values():
-            checkpoint.close()
-        raise
+            found = dict(zip(base, given, strict=True))
+        elif given:
+            known = read_manifest(folder, limits).bases
+            found, others = matched(known, given)
+            if others and known and strict:  # where no base is needed, one does no harm
+                refuse(others[0], known, [name for name in known if name not in found], str(folder))
+        archive = Archive(folder, found, limits=limits)
+        opened.pop_all()  # what it took is closed with it
+    for checkpoint in others:
+        checkpoint.close()
+    return archive
+
+
+def each_base(base: Bases | None) -> list[PathLike | Checkpoint]:
+    """The bases as a list, however they were given."""
+    if base is None:
+        return []
+    if isinstance(base, (str, os.PathLike, Checkpoint)):
+        return [base]
+    return list(base.values() if isinstance(base, Mapping) else base)
 
 
 BASE_ID = "base"
-"""The id under which `pack` records its base, and under which a base is looked for if no id is given."""
+"""The id under which `pack` records its base, or the first of several."""
+
+
+def base_id(place: int) -> str:
+    """The id under which `pack` records the base at a place of those given, from 0: `base`, `base2`, `base3`, ..."""
+    return f"{BASE_ID}{place + 1}" if place else BASE_ID
 
 
 def local_path(source: PathLike, *, missing_is_malformed: bool = False) -> Path:

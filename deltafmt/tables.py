@@ -28,11 +28,14 @@ _METHODS = {
     "ref": "taken from another tensor",
     "base-ref": "taken from the base",
     "patch": "compressed difference to the base",
+    "patch-lowrank": "exact low-rank factors, and what they miss",
+    "patch-scaled": "the base's rows, scaled, and what that misses",
+    "patch-mixture": "a mixture of the bases, and what that misses",
     "lowrank": "low-rank factors",
 }
 _ROLES = {
     "base": "weights stored whole",
-    "factors": "low-rank factors",
+    "factors": "low-rank factors, scales",
     "residual": "differences to a prediction",
     "layout": "headers of the original files",
     "sidecar": "other files, as they were",
@@ -59,14 +62,13 @@ def count(number: int, noun: str) -> str:
 # Reports
 
 
-def show(report: Report, *, tensors: bool = False, base_name: str = "BASE") -> None:
+def show(report: Report, *, tensors: bool = False) -> None:
     """Print a report to stdout.
 
     Args:
         tensors: of an `InspectReport`, list every tensor.
-        base_name: what a `VerifyReport` without a base calls it.
     """
-    parts = list(_tensor_list(report) if tensors and isinstance(report, InspectReport) else _parts(report, base_name))
+    parts = list(_tensor_list(report) if tensors and isinstance(report, InspectReport) else _parts(report))
     if sys.stdout.isatty():
         _print(Console(**_PLAIN), parts)
         return
@@ -84,18 +86,18 @@ def _print(console: Console, parts: Sequence[RenderableType]) -> None:
 
 
 @singledispatch
-def _parts(report: Report, base_name: str) -> Iterator[RenderableType]:
+def _parts(report: Report) -> Iterator[RenderableType]:
     raise TypeError(f"no tables for {type(report).__name__}")
 
 
 @_parts.register
-def _(report: PackReport, base_name: str) -> Iterator[RenderableType]:
+def _(report: PackReport) -> Iterator[RenderableType]:
     facts = [
         ("input", f"{size(report.logical_bytes)}  {escaped(report.source)}"),
         ("archive", f"{size(report.stored_bytes)}  {escaped(report.destination)}"),
         ("ratio", _ratio_in_words(report)),
         ("values", _fidelity(report)),
-        ("base", escaped(report.base) if report.base else ""),
+        *(("base", f"{escaped(base)}{_needed(base, report)}") for base in report.bases),
         ("time", _time(report.logical_bytes, report.seconds)),
     ]
     yield _facts(facts)
@@ -109,7 +111,7 @@ def _(report: PackReport, base_name: str) -> Iterator[RenderableType]:
 
 
 @_parts.register
-def _(report: UnpackReport, base_name: str) -> Iterator[RenderableType]:
+def _(report: UnpackReport) -> Iterator[RenderableType]:
     is_cast = not report.exact and not report.max_rel_error
     yield _facts(
         [
@@ -123,7 +125,7 @@ def _(report: UnpackReport, base_name: str) -> Iterator[RenderableType]:
 
 
 @_parts.register
-def _(report: InspectReport, base_name: str) -> Iterator[RenderableType]:
+def _(report: InspectReport) -> Iterator[RenderableType]:
     shards = count(report.shards, "shard")
     facts = [
         ("archive", f"{size(report.stored_bytes)}  {escaped(report.source)}"),
@@ -146,7 +148,7 @@ def _(report: InspectReport, base_name: str) -> Iterator[RenderableType]:
 
 
 @_parts.register
-def _(report: VerifyReport, base_name: str) -> Iterator[RenderableType]:
+def _(report: VerifyReport) -> Iterator[RenderableType]:
     tensors = count(len(report.tensors), "tensor")
     rebuilt = f"{tensors} rebuilt, {_fidelity(report, checked=True)}"
     table = Table.grid(
@@ -161,8 +163,10 @@ def _(report: VerifyReport, base_name: str) -> Iterator[RenderableType]:
     if len(report.unchecked) < len(report.tensors):
         table.add_row(ok, "tensors", rebuilt)
     if report.unchecked:
-        missing = f"{count(len(report.unchecked), 'tensor')} could not be rebuilt without the base: pass --base"
-        table.add_row(Text("NOT CHECKED", style="bold yellow"), "base", f"{missing} {escaped(base_name)}")
+        without = "the base" if len(report.bases_missing) == 1 else "the bases"
+        missing = f"{count(len(report.unchecked), 'tensor')} could not be rebuilt without {without}: pass"
+        named = " ".join(f"--base {escaped(repo or 'BASE')}" for repo in report.bases_missing.values())
+        table.add_row(Text("NOT CHECKED", style="bold yellow"), "base", f"{missing} {named}")
     if report.against is not None:
         against = escaped(report.against)
         if report.equal:
@@ -179,6 +183,10 @@ def _(report: VerifyReport, base_name: str) -> Iterator[RenderableType]:
 
 
 # Their parts
+
+
+def _needed(base: str, report: PackReport) -> str:
+    return "" if base in report.bases_needed else "  (nothing of it was of use: reading the archive does not take it)"
 
 
 def _facts(rows: Iterable[tuple[str, str]]) -> Table:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from .reader import Archive
 from .report import Progress, UnpackReport, silent
 from .roles import tensor_reports
 from .scratch import BufferPool
-from .sources import Bases, PathLike, check_apart, open_archive
+from .sources import Bases, PathLike, check_apart, each_base, open_archive
 from .writer import copied
 
 
@@ -48,7 +47,8 @@ def unpack(
     Args:
         src: the archive.
         dst: the directory to create.
-        base: the base it was packed against, if it was.
+        base: the base it was packed against, if it was: a path, a Hub id, a sequence of these in any order if there are
+            several, or a mapping of base ids to these.
         dtype: cast float tensors (`bfloat16`, `float16`, `float32`, `float64`).
         max_shard_size: bytes; write new shards of at most this size in place of the original ones.
         jobs: threads; one per processor if None.
@@ -57,7 +57,7 @@ def unpack(
         limits: caps on what is accepted from `src` and `base`.
 
     Raises:
-        WrongBaseError: a base is needed and missing, or is another model.
+        WrongBaseError: a base is needed and missing, or what is given is another model.
         IntegrityError, MalformedError, UnsupportedError: the archive is damaged or unknown (spec/reasons.md).
         UsageError: `dst` exists; an unknown dtype.
         AccessError: writing failed.
@@ -66,9 +66,9 @@ def unpack(
     cast = output_dtype(dtype) if dtype is not None else None
     with contextlib.ExitStack() as stack:
         archive = stack.enter_context(open_archive(src, base, limits=limits))
-        check_apart(Path(dst), archive.path, *(base.values() if isinstance(base, Mapping) else [base]))
+        check_apart(Path(dst), archive.path, *each_base(base))
         area = stack.enter_context(Staging(Path(dst), overwrite=overwrite))
-        if not archive.manifest.exact:
+        if archive.computes:
             stack.enter_context(one_thread_each())
         pipeline = stack.enter_context(Pipeline(jobs))
         plain = cast is None and max_shard_size is None

@@ -41,11 +41,12 @@ def verify(
 ) -> VerifyReport:
     """Check every byte of an archive; with `against`, compare it with a checkpoint tensor by tensor.
 
-    Without the base that an archive refers to, what does not need it is checked (`base_checked` is then False).
+    Without a base that an archive refers to, what does not need it is checked (`base_checked` is then False).
 
     Args:
         src: the archive.
-        base: the base it was packed against.
+        base: the base it was packed against: a path, a Hub id, a sequence of these in any order if there are several,
+            or a mapping of base ids to these.
         against: a checkpoint (or archive) to compare with; the report then has `equal`, `differences` and the relative
             error per tensor.
         jobs: threads; one per processor if None.
@@ -60,7 +61,7 @@ def verify(
     with contextlib.ExitStack() as stack:
         archive = stack.enter_context(open_archive(src, base, limits=limits))
         other = stack.enter_context(open_source(against, limits=limits)) if against is not None else None
-        if not archive.manifest.exact:
+        if archive.computes:
             stack.enter_context(one_thread_each())
         pipeline = stack.enter_context(Pipeline(jobs))
         checker = _Checker(archive, other, pipeline, progress)
@@ -87,6 +88,9 @@ def verify(
             equal=None if other is None else not differences,
             as_stated=None if other is None else all(_is_stated(archive, name, errors) for name in differences),
             base_checked=archive.bases.keys() == archive.manifest.bases.keys(),
+            bases_missing={
+                name: base.repo for name, base in archive.manifest.bases.items() if name not in archive.bases
+            },
             unchecked=tuple(checker.unchecked),
             differences=differences,
         )

@@ -24,6 +24,8 @@ SCHEMA = jsonschema.Draft202012Validator(json.loads((SPEC / "manifest.schema.jso
 # What JSON Schema cannot say although the reason is one of those it covers: see the schema's own description.
 BEYOND_SCHEMA = {
     "base-digest-of-others",
+    "groups-bounds-descending",
+    "groups-bounds-fraction",
     "manifest-spaced",
     "name-clash-directory",
     "name-clash-original",
@@ -87,7 +89,7 @@ def test_every_reason_has_an_invalid_vector_with_its_step() -> None:
     table = reason_table()
     found = {(case["reason"], case["step"]) for case in map(content, INVALID)}
     assert found == set(table.items())
-    assert len(table) == 27
+    assert len(table) == 28
 
 
 def test_every_dtype_filter_coder_and_operator_has_a_valid_vector() -> None:
@@ -98,9 +100,14 @@ def test_every_dtype_filter_coder_and_operator_has_a_valid_vector() -> None:
     assert dtypes == set(re.findall(r"`([A-Z]+\d*(?:_E\dM\d(?:FNUZ)?)?)`", readme))
     assert {array["dtype"] for array in arrays} == dtypes
     encodings = {(array["encoding"]["filter"], array["encoding"]["coder"]) for array in arrays}
-    assert encodings == {("none", "none"), ("none", "zstd"), ("planes", "zstd"), ("float-planes", "zstd")}
+    filters = {("none", "zstd"), ("planes", "zstd"), ("float-planes", "zstd"), ("segments", "zstd")}
+    assert encodings == {("none", "none")} | filters
+    segmented = {array["dtype"] for array in arrays if array["encoding"]["filter"] == "segments"}
+    assert segmented == {f"{sign}{size}" for sign in "UI" for size in (8, 16, 32, 64)}
     text = json.dumps([m["tensors"] for m in manifests])
-    assert set(re.findall(r'"op": "([^"]*)"', text)) == {"stored", "ref", "sum", "lowrank", "patch"}
+    operators = {"stored", "ref", "sum", "lowrank", "scaled", "rows", "patch"}
+    assert set(re.findall(r'"op": "([^"]*)"', text)) == operators
+    assert set(re.findall(r'"by": "([^"]*)"', text)) == {"exponent", "margin"}
     patched = {t["dtype"] for m in manifests for t in m["tensors"].values() if t["recipe"]["op"] == "patch"}
     assert patched == dtypes
 

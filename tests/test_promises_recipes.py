@@ -165,10 +165,9 @@ def test_18_a_recipe_of_many_levels(archive: Path) -> None:
         pytest.param({"op": "ref", "tensor": "w", "base": "base"}, (6, 4), "F32", id="no such base"),
         pytest.param(patch(stored("w"), stored("h")), (6, 4), "F32", id="residual too narrow"),
         pytest.param(patch(stored("w"), stored("w")), (6, 4), "F32", id="float residual"),
-        pytest.param(patch(stored("half"), stored("i")), (6, 4), "F32", id="prediction from bf16"),
         pytest.param(patch(stored("i"), stored("i")), (6, 4), "F32", id="prediction from integers"),
         pytest.param(patch(stored("1-d"), stored("i")), (6, 4), "F32", id="prediction of another shape"),
-        pytest.param(patch(lowrank("a", "b"), stored("i")), (6, 4), "F32", id="wide prediction"),
+        pytest.param(patch(lowrank("a", "b"), stored("i")), (6, 4), "F32", id="wide prediction that is not exact"),
         pytest.param(patch(stored("w"), sum_of(stored("w"), stored("v"))), (6, 4), "F32", id="wide residual"),
     ],
 )
@@ -196,7 +195,7 @@ def test_19_coverage(archive: Path) -> None:
 
         return change
 
-    for recipe in (sum_of(stored("w"), stored("v")), lowrank("a", "b"), patch(ref("y"), stored("i")), ref("y")):
+    for recipe in (sum_of(stored("w"), ref("y")), lowrank("a", "b"), patch(ref("y"), stored("i")), ref("y")):
         edit(archive, lambda document: derived(document, "y", lowrank("a", "b")))
         refused(edit(archive, exact(recipe)), "operand" if recipe["op"] == "patch" else "coverage")
     edit(archive, lambda document: (document["tensors"].pop("x"), document["tensors"].pop("w")))

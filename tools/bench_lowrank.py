@@ -1,6 +1,7 @@
 """Low rank: speed of the rebuild and of the factorisation, and what `--share` finds in a model of known structure.
 
 - rebuild: `base + B A -> bf16` of one 4096 x 4096 tensor from memory, beside the obvious expressions and a memory copy;
+- exact: the same with integer factors, the same bits on every machine, beside the rebuild with float factors;
 - factors: rank-64 factors of a 4096 x 4096 matrix beside the truncated full decomposition (LAPACK);
 - sharing: a DeltaLLM-shaped model whose ranks and anchors are known, packed with `--share`.
 
@@ -10,10 +11,12 @@ Needs torch (for the expressions that it is compared with).
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -26,7 +29,7 @@ import synthetic
 from deltafmt.dtypes import DTYPES
 from deltafmt.gemm import one_thread_each
 from deltafmt.methods.svd import truncated_svd
-from deltafmt.operators import Facts, Lowrank, Stored, Sum, Target
+from deltafmt.operators import Facts, Lowrank, Operator, Stored, Sum, Target
 from deltafmt.operators.base import Read
 from deltafmt.pipeline import Pipeline
 from deltafmt.rebuild import Rebuilder, good_step
@@ -89,32 +92,15 @@ def _rebuild_row(base: Array, rank: int, rng: np.random.Generator, repeats: int)
         (rng.standard_normal((rank, SIDE), np.float32) * np.float32(0.02)).astype(ml_dtypes.bfloat16) for _ in range(2)
     )
     memory = InMemory({name: ("BF16", array.view(np.uint16)) for name, array in {"w": base, "a": a, "b": b}.items()})
-    recipe = Sum((Stored("w"), Lowrank(Stored("a"), Stored("b"))))
-    target = Target("w", DTYPES["BF16"], base.shape, np.dtype(np.float32))
-    out = np.empty(base.size, np.uint16)
-    step = good_step(base.shape, 2, 1 << 21)
-
-    def ours() -> None:
-        Rebuilder(recipe, memory, memory, target).read(0, out.size, out)
-
-    def unpacked() -> None:
-        """As `unpack` does it: pieces in a pool, one thread of torch for each."""
-        rebuilder = Rebuilder(recipe, memory, memory, target)
-
-        def piece(begin: int) -> None:
-            rebuilder.read(begin, begin + step, out[begin : begin + step])
-
-        with one_thread_each():
-            for _ in pipeline.ordered(range(0, out.size, step), piece, lambda _: 1):
-                pass
-
+    subject = _Subject(Sum((Stored("w"), Lowrank(Stored("a"), Stored("b")))), memory, base.shape)
+    out = subject.out
     wide_a, wide_b = a.astype(np.float32), b.astype(np.float32)
     base_t = torch.from_numpy(base.view(np.int16)).view(torch.bfloat16)
     a_t, b_t = torch.from_numpy(wide_a), torch.from_numpy(wide_b)
     product = torch.empty(base.shape)
     timed = {
-        "deltafmt, as unpack does it": Timed(unpacked),
-        "deltafmt, one call": Timed(ours),
+        "deltafmt, as unpack does it": Timed(lambda: subject.unpack(pipeline)),
+        "deltafmt, one call": Timed(subject.read),
         "numpy, one expression": Timed(
             lambda: (base.astype(np.float32) + wide_b.T @ wide_a).astype(ml_dtypes.bfloat16)
         ),
@@ -125,6 +111,58 @@ def _rebuild_row(base: Array, rank: int, rng: np.random.Generator, repeats: int)
     with Pipeline(THREADS) as pipeline:
         speed = in_turns({name: Timed(_several(each.run), _settle) for name, each in timed.items()}, repeats)
     return {"rank": rank} | {name: TENSORS * base.nbytes / seconds / 1e9 for name, seconds in speed.items()}
+
+
+class _Subject:
+    """A recipe of one bf16 tensor, and where it is rebuilt."""
+
+    def __init__(self, recipe: Operator, memory: InMemory, shape: tuple[int, ...]) -> None:
+        self.out = np.empty(math.prod(shape), np.uint16)
+        self._step = good_step(shape, 2, 1 << 21)
+        self._bound = partial(Rebuilder, recipe, memory, memory, Target("w", DTYPES["BF16"], shape, np.dtype("f4")))
+
+    def read(self) -> None:
+        """In one call."""
+        self._bound().read(0, self.out.size, self.out)
+
+    def unpack(self, pipeline: Pipeline) -> None:
+        """As `unpack` does it: pieces in a pool, one thread of torch for each."""
+        rebuilder = self._bound()
+
+        def piece(begin: int) -> None:
+            rebuilder.read(begin, begin + self._step, self.out[begin : begin + self._step])
+
+        with one_thread_each():
+            for _ in pipeline.ordered(range(0, self.out.size, self._step), piece, lambda _: 1):
+                pass
+
+
+def exact_speed(report: Report, ranks: tuple[int, ...], repeats: int) -> None:
+    """GB/s of bf16 output with integer factors and with float factors, both as `unpack` does it."""
+    rng = np.random.default_rng(0)
+    base = (rng.standard_normal((SIDE, SIDE), np.float32) * np.float32(0.02)).astype(ml_dtypes.bfloat16)
+    rows: list[dict[str, Cell]] = []
+    for rank in ranks:
+        most = math.isqrt((1 << 24) // rank)
+        integers = [rng.integers(-most, most + 1, (rank, SIDE), np.int16) for _ in range(2)]
+        arrays = {"w": ("BF16", base.view(np.uint16))}
+        for name, factor in zip("ab", integers, strict=True):
+            arrays[name] = "I16", factor.view(np.uint16)
+            arrays[f"float {name}"] = "BF16", factor.astype(ml_dtypes.bfloat16).view(np.uint16)
+        memory = InMemory(arrays)
+        exact, bounded = (
+            _Subject(Sum((Stored("w"), Lowrank(Stored(a), Stored(b), 2.0**-36))), memory, base.shape)
+            for a, b in (("a", "b"), ("float a", "float b"))
+        )
+        with Pipeline(THREADS) as pipeline:
+            timed = {
+                name: partial(each.unpack, pipeline) for name, each in {"exact": exact, "bounded": bounded}.items()
+            }
+            seconds = in_turns({name: Timed(_several(run), _settle) for name, run in timed.items()}, repeats)
+        speed = {name: TENSORS * base.nbytes / taken / 1e9 for name, taken in seconds.items()}
+        rows.append({"rank": rank, **speed, "exact / bounded, time": seconds["exact"] / seconds["bounded"]})
+    note = "GB/s of bf16 output, median; integer factors (I16), no residual, against bf16 factors; as unpack does it."
+    report.table(f"Exact: base + 2^s B A -> bf16, {SIDE} x {SIDE}", rows, note)
 
 
 def _several(run: Callable[..., object]) -> Callable[[], None]:
@@ -212,7 +250,7 @@ def sharing(report: Report) -> None:
 
 
 def main() -> None:
-    """Run all three."""
+    """Run all four."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="JSON instead of markdown")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each, of which the median counts")
@@ -220,6 +258,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     report = Report(options.json)
     rebuild_speed(report, (16, 64, 256), options.repeats)
+    exact_speed(report, (16, 64), options.repeats)
     factor_speed(report, 64)
     sharing(report)
     report.finish()

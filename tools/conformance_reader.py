@@ -2,12 +2,14 @@
 
 It shares no code with the package: it shows that the specification is complete, and is there to be read by people who
 write a reader in another language. It prefers clarity to speed, reads every byte, and checks all that `verify` checks.
-What reads is in four files:
+What reads is in six files:
 
     conformance/manifest.py   strict JSON, types, names, closed tables, limits (steps 2 to 4 of spec/reasons.md)
-    conformance/recipes.py    operands, references, coverage (step 5)
+    conformance/recipes.py    operands, references, grades, the accumulation type, coverage (step 5)
     conformance/archive.py    files: shards, sidecars, bases, the original checkpoint (steps 1 and 6 to 8)
-    conformance/numbers.py    checksums, planes, rounding, patch
+    conformance/planes.py     checksums and encodings (step 7)
+    conformance/numbers.py    conversions, low-rank products
+    conformance/patches.py    patch, with groups
 
     python tools/conformance_reader.py ARCHIVE [--base ID=DIRECTORY ...]      print tensors and their digests
     python tools/conformance_reader.py --vectors spec/vectors                 run the conformance cases
@@ -29,6 +31,7 @@ def check_vector(case: Path) -> str | None:
     """Run one conformance case; what went wrong, or None."""
     expected = json.loads((case / "case.json").read_text("utf-8"))
     bases = {"base": case / "base"} if (case / "base").is_dir() else {}
+    bases |= {place.name.removeprefix("base-"): place for place in case.glob("base-*")}
     try:
         tensors = read_archive(case / "archive", bases)
         files = restore_files(case / "archive", bases)

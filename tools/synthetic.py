@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import click
 import ml_dtypes
 import numpy as np
 
+from merges import factors, root_mean_square
 from plain_checkpoint import (
     FLOATS,
     INDEX,
@@ -71,49 +71,6 @@ def shard_checkpoint(src: Path, dst: Path, max_shard_bytes: int) -> Path:
     copy_sidecars(src, dst)
     write_checkpoint(dst, read_checkpoint(src), max_shard_bytes)
     return dst
-
-
-def merged_lora(src: Path, dst: Path, rank: int = 16, scale: float = 0.02, seed: int = 0) -> Path:
-    """Write `src` as if a LoRA had been trained on it and merged: `W' = round(W + B A)` for every linear layer.
-
-    `B` [out, rank] and `A` [rank, in] are random and scaled so that `B A` has about `scale` times the Frobenius
-    norm of `W`. Embeddings, norms and biases stay as they are. Returns `dst`.
-    """
-    copy_sidecars(src, dst)
-
-    def merge(number: int, tensor: Tensor) -> Tensor:
-        linear = len(tensor.shape) == 2 and "embed" not in tensor.name and min(tensor.shape) > 2 * rank
-        if not linear or tensor.dtype not in FLOATS:
-            return tensor
-
-        def pieces() -> Iterator[Array]:
-            weight = tensor.load().astype(np.float32)
-            b, a = factors(np.random.default_rng([seed, number]), weight, rank, scale)
-            yield (weight + b @ a).astype(NUMPY[tensor.dtype])
-
-        return Tensor(tensor.name, tensor.dtype, tensor.shape, pieces)
-
-    number = 0
-    for path in weight_files(src):
-        merged = []
-        for tensor in read_file(path):
-            merged.append(merge(number, tensor))
-            number += 1
-        write_file(dst / path.name, merged)
-    if (src / INDEX).exists():
-        shutil.copyfile(src / INDEX, dst / INDEX)
-    return dst
-
-
-def factors(rng: np.random.Generator, weight: Array, rank: int, scale: float) -> tuple[Array, Array]:
-    """Random fp32 factors `b` [out, rank] and `a` [rank, in], exactly representable in bf16, of which the product has
-    about `scale` times the Frobenius norm of `weight` [out, in]."""
-    out, width = weight.shape
-    # The expected squared norm of a product of standard normal factors is out * rank * width.
-    spread = math.sqrt(scale * float(np.linalg.norm(weight)) / math.sqrt(out * rank * width))
-    b = rng.standard_normal((out, rank), np.float32) * np.float32(spread)
-    a = rng.standard_normal((rank, width), np.float32) * np.float32(spread)
-    return b.astype(ml_dtypes.bfloat16).astype(np.float32), a.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 # --- Random ---------------------------------------------------------------------------------------------------------
@@ -269,7 +226,8 @@ def delta_llm(
             weight = linear(anchor, kind)
             if anchor != block:
                 wide = weight.astype(np.float32)
-                b, a = factors(np.random.default_rng([seed, block, number]), wide, rank, scale)
+                rng = np.random.default_rng([seed, block, number])
+                b, a = map(_exact, factors(rng, wide.shape, rank, scale * root_mean_square(wide)))
                 weight = (wide + b @ a).astype(ml_dtypes.bfloat16)
                 anchors[name] = f"model.layers.{anchor}.{kind}.weight"
                 factor_bytes += 2 * rank * sum(weight.shape)
@@ -284,6 +242,12 @@ def delta_llm(
         factor_bytes=factor_bytes,
         logical_bytes=sum(tensor.nbytes for tensor in tensors),
     )
+
+
+def _exact(factor: Array) -> Array:
+    """Values in fp32 that bf16 can represent."""
+    rounded: Array = factor.astype(ml_dtypes.bfloat16).astype(np.float32)
+    return rounded
 
 
 def _rows(tensor: Tensor, count: int) -> Array:
@@ -343,17 +307,6 @@ def _cast(src: Path, dst: Path, dtype: str) -> None:
 def _shard(src: Path, dst: Path, max_shard_bytes: int) -> None:
     """Split SRC into shards with an index."""
     click.echo(shard_checkpoint(src, dst, max_shard_bytes))
-
-
-@main.command("merged-lora")
-@click.argument("src", type=SOURCE)
-@click.argument("dst", type=DIRECTORY)
-@click.option("--rank", default=16, show_default=True)
-@click.option("--scale", default=0.02, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-def _merged_lora(src: Path, dst: Path, rank: int, scale: float, seed: int) -> None:
-    """Add a random low-rank update to every linear layer of SRC, as a merged LoRA does."""
-    click.echo(merged_lora(src, dst, rank, scale, seed))
 
 
 @main.command("random")

@@ -6,7 +6,7 @@ Both tables are closed: `FILTERS` turn a chunk into planes, `CODERS` store a pla
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,12 @@ from ..errors import MalformedError, UnsupportedError
 from ..limits import CHUNK_BYTES, MAX_INTEGER
 from ..scratch import scratch
 from ..strictjson import Record
-from . import planes, zstd
+from . import planes, segments, zstd
 
-FILTERS = ("none", "planes", "float-planes")
+FILTERS = ("none", "planes", "float-planes", "segments")
 CODERS = ("none", "zstd")
 CHUNK_ELEMENTS = 1 << 18
+_SHORT_ROW = 256  # elements: a segment of its own costs some 40 bytes
 _FIELDS = Record(filter=str, coder=str, chunk=int)
 
 
@@ -33,11 +34,15 @@ class Encoding:
         filter: a name in `FILTERS`.
         coder: a name in `CODERS`.
         chunk: elements per chunk.
+        signed: whether the elements are signed integers; follows from the array's dtype.
+        segment: elements per segment, where a writer of `segments` is not told more; 0 for one segment a chunk.
     """
 
     filter: str
     coder: str
     chunk: int
+    signed: bool = False
+    segment: int = field(default=0, compare=False)
 
     @classmethod
     def parse(cls, value: object, pointer: str, dtype: Dtype) -> Encoding:
@@ -45,7 +50,8 @@ class Encoding:
         values = _FIELDS(value, pointer)
         if (known_encoding := _SEEN.get((dtype.name, values))) is not None:
             return known_encoding
-        encoding = cls(*values)
+        filter_name, coder, chunk = values
+        encoding = cls(filter_name, coder, chunk, _is_signed(dtype))
         if not 1 <= encoding.chunk <= MAX_INTEGER:
             raise MalformedError("not a chunk size", where=pointer, found=encoding.chunk, reason="schema")
         for name, known in ((encoding.filter, FILTERS), (encoding.coder, CODERS)):
@@ -60,6 +66,8 @@ class Encoding:
             raise MalformedError("a filter without a coder", where=pointer, reason="schema")
         if encoding.filter == "float-planes" and not dtype.is_float:
             raise MalformedError(f"float-planes on {dtype.name}", where=pointer, reason="schema")
+        if encoding.filter == "segments" and dtype.values.kind not in "iu":
+            raise MalformedError(f"segments on {dtype.name}", where=pointer, reason="schema")
         if encoding.chunk * dtype.width > CHUNK_BYTES:
             raise MalformedError(
                 "a chunk is too large",
@@ -82,7 +90,11 @@ class Encoding:
 
     def planes(self, dtype: Dtype) -> int:
         """Planes per chunk."""
-        return 1 if self.filter == "none" else dtype.width
+        return 1 if self.filter in ("none", "segments") else dtype.width
+
+    def longest(self, nbytes: int) -> int:
+        """Bytes that a chunk may take of which the elements are `nbytes`."""
+        return nbytes + segments.SLACK if self.filter == "segments" else nbytes
 
     def chunks(self, count: int) -> int:
         """Chunks of an array of `count` elements."""
@@ -114,12 +126,36 @@ def raw(dtype: Dtype, shape: Sequence[int]) -> Encoding:
     return Encoding("none", "none", choose_chunk(shape, dtype.width))
 
 
-def encode_chunk(bits: Bits, encoding: Encoding, thorough: bool = False) -> list[Any]:
+def residuals(dtype: Dtype, shape: Sequence[int]) -> Encoding:
+    """The encoding of residuals in groups: unsigned integers, in segments that are told chunk by chunk."""
+    return Encoding("segments", "zstd", choose_chunk(shape, dtype.width))
+
+
+def integers(dtype: Dtype, shape: Sequence[int]) -> Encoding:
+    """The encoding that suits integer factors: each row has its own segment, unless rows are short."""
+    chunk = choose_chunk(shape, dtype.width)
+    row = shape[-1] if len(shape) > 1 else 0
+    return Encoding("segments", "zstd", chunk, _is_signed(dtype), row if _SHORT_ROW <= row <= chunk else 0)
+
+
+def _is_signed(dtype: Dtype) -> bool:
+    return dtype.values.kind == "i"
+
+
+def encode_chunk(
+    bits: Bits,
+    encoding: Encoding,
+    thorough: bool = False,
+    lengths: Sequence[int] | None = None,
+    low_bits: Sequence[int] | None = None,
+) -> list[Any]:
     """Encode the elements of one chunk.
 
     Args:
         bits: `[m]` elements as unsigned integers of their width.
         thorough: spend time on finding repeats, as in text.
+        lengths: elements of each segment (`segments` only); as the encoding says if None.
+        low_bits: how these segments are best packed, by `best_low_bits`; found out anew if None.
 
     Returns:
         The stored bytes of each plane (bytes-like, in order). Of a raw encoding they are `bits` itself, otherwise they
@@ -127,6 +163,11 @@ def encode_chunk(bits: Bits, encoding: Encoding, thorough: bool = False) -> list
     """
     if encoding.is_raw:
         return [bits.view(np.uint8)]
+    if encoding.filter == "segments":
+        if lengths is None:
+            step = encoding.segment or bits.size
+            lengths = [min(step, bits.size - begin) for begin in range(0, bits.size, step)]
+        return [segments.encode(bits, encoding.signed, lengths, low_bits)]
     if encoding.filter == "none":
         separated = bits.view(np.uint8).reshape(1, -1)
     else:
@@ -134,6 +175,16 @@ def encode_chunk(bits: Bits, encoding: Encoding, thorough: bool = False) -> list
         planes.split(bits, encoding.filter == "float-planes", list(separated))
     stored = (zstd.compress(plane, thorough) for plane in separated)
     return [plane.tobytes() if isinstance(plane, np.ndarray) else plane for plane in stored]
+
+
+def best_low_bits(chunks: Sequence[tuple[Bits, Sequence[int]]], encoding: Encoding, effort: int = 1) -> list[int]:
+    """How segments are best packed: takes long to find out, and is the same for chunks that are alike.
+
+    Args:
+        chunks: bits and lengths of some chunks, as `encode_chunk` gets them.
+        effort: from 1; worth more the more chunks there will be.
+    """
+    return segments.best_low_bits(chunks, encoding.signed, effort)
 
 
 def decode_chunk(stored: npt.NDArray[np.uint8], ends: Sequence[int], encoding: Encoding, out: Bits, where: str) -> None:
@@ -153,6 +204,9 @@ def decode_chunk(stored: npt.NDArray[np.uint8], ends: Sequence[int], encoding: E
                 "a chunk has another size", where=where, expected=out.nbytes, found=stored.size, reason="chunk-size"
             )
         np.copyto(out.view(np.uint8), stored)
+        return
+    if encoding.filter == "segments":
+        segments.decode(stored, encoding.signed, out, where)
         return
     size = out.nbytes if encoding.filter == "none" else out.size
     begins = (0, *ends[:-1])

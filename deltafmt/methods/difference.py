@@ -17,7 +17,8 @@ from ..dtypes import DTYPES, Bits, Dtype, round_to, widen
 from ..encodings import compressed
 from ..gemm import add_product
 from ..operators.base import Wide
-from .lossless import Coding, Prediction
+from .lossless import Coding
+from .prediction import Referred
 from .ranks import noise_edge
 from .svd import Factors, Float32, residual_energy
 
@@ -64,7 +65,7 @@ class Difference:
 
     info: TensorInfo
     bits: Bits
-    reference: Prediction | None
+    reference: Referred | None
 
     @property
     def out(self) -> int:

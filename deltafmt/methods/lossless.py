@@ -1,24 +1,24 @@
-"""Lossless: for each tensor the smallest of a reference, a patch against the base, compressed bytes and raw bytes."""
+"""Lossless: for each tensor the smallest of raw bytes, compressed bytes, and a patch of whatever predicts it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..dtypes import DTYPES, Bits, Dtype, Shape
-from ..encodings import Encoding, compressed, encode_chunk, raw
-from ..operators import Ref
-from ..operators.patch import cast, difference
+from ..dtypes import DTYPES, Bits, Dtype
+from ..encodings import Encoding, best_low_bits, compressed, encode_chunk, raw, residuals
+from ..operators import Operator, Patch, Stored
+from ..operators.groups import Groups
+from ..operators.patch import difference, difference_in_groups
+from ..writer import ArchiveWriter
+from .merged import computed
+from .prediction import Elements, Prediction, Referred
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """A base tensor that may predict the one to be stored."""
-
-    ref: Ref
-    dtype: Dtype
-    bits: Bits
+_MOST_EFFORT = 8  # put into finding out how chunks are best packed
+_GUESSED = 1 << 14
+_UNSURE = 2  # times as much as what a sample tells may be right
+_SMALL = 1 << 14  # elements; the groups of a larger tensor always pay
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,18 @@ class Coding:
     """How to store one tensor's elements: as they are, or as the residual of a prediction.
 
     `chunk(index)` is independent of every other, so chunks are encoded in parallel.
+
+    Attributes:
+        groups: how the residuals are grouped, if they are; the encoding is then `encodings.residuals`.
     """
 
     dtype: Dtype
     encoding: Encoding
     bits: Bits
     prediction: Prediction | None = None
+    groups: Groups | None = None
     _encoded: dict[int, tuple[Bits, list[Any]]] = field(default_factory=dict, repr=False, compare=False)
+    _low_bits: list[int] = field(default_factory=list, repr=False, compare=False)  # of each group, once it is known
 
     @property
     def array_dtype(self) -> Dtype:
@@ -43,47 +48,118 @@ class Coding:
     def chunks(self) -> int:
         return self.encoding.chunks(self.bits.size)
 
-    def elements(self, index: int) -> Bits:
-        """The elements of one chunk as they are to be encoded."""
-        part = slice(index * self.encoding.chunk, (index + 1) * self.encoding.chunk)
+    def recipe(self, name: str, array: str, writer: ArchiveWriter) -> Operator:
+        """The recipe of tensor `name`, once `array` holds what `chunk` gives. Writes what the prediction needs."""
         if self.prediction is None:
-            return self.bits[part]
-        return difference(
-            self.bits[part], cast(self.prediction.bits[part], self.prediction.dtype, self.dtype), self.dtype
-        )
+            return Stored(array)
+        return Patch(self.prediction.write(name, writer), Stored(array), self.groups)
 
     def chunk(self, index: int) -> tuple[Bits, list[Any]]:
         """One chunk: its elements, and the stored bytes of its planes."""
         if (known := self._encoded.pop(index, None)) is not None:
             return known
-        elements = self.elements(index)
-        return elements, encode_chunk(elements, self.encoding)
+        elements, lengths = self._elements(index)
+        return elements, self._planes(elements, lengths)
+
+    def _planes(self, elements: Bits, lengths: Sequence[int] | None) -> list[Any]:
+        return encode_chunk(elements, self.encoding, lengths=lengths, low_bits=self._low_bits or None)
+
+    def _elements(self, index: int) -> tuple[Bits, list[int] | None]:
+        """What is stored of one chunk, and the elements of each segment where they are grouped."""
+        lo, hi = index * self.encoding.chunk, min((index + 1) * self.encoding.chunk, self.bits.size)
+        elements = self.bits[lo:hi]
+        if self.prediction is None:
+            return elements, None
+        predicted, keys, up = self.prediction.predicted(lo, hi, self.dtype, self.groups)
+        if self.groups is None or keys is None:
+            return difference(elements, predicted, self.dtype), None
+        return difference_in_groups(self.groups, keys, up, elements, predicted, self.dtype)
 
     def encode(self) -> None:
         """Encode every chunk now, to be handed out by `chunk` later."""
         for index in range(self.chunks):
             self._encoded[index] = self.chunk(index)
 
+    def guess(self) -> float:
+        """Bytes that the array would take if a few thousand elements of its middle are like all others."""
+        count = min(_GUESSED, self.bits.size)
+        begin = (self.bits.size - count) // 2
+        planes = encode_chunk(self.bits[begin : begin + count], self.encoding)
+        return sum(memoryview(plane).nbytes for plane in planes) * self.bits.size / max(count, 1)
+
     def estimate(self) -> float:
-        """Bytes that the array would take, chunk table included; exact for up to two chunks, else from two of them."""
-        stored = elements = 0
-        for index in sorted({self.chunks // 4, 3 * self.chunks // 4}) if self.chunks else []:
-            bits, planes = self._encoded[index] = self.chunk(index)
-            stored += sum(memoryview(plane).nbytes for plane in planes)
-            elements += bits.size
+        """Bytes that the array would take, chunk table and what its prediction needs included.
+
+        Exact for up to two chunks, else from two of them.
+        """
+        picked = sorted({self.chunks // 4, 3 * self.chunks // 4}) if self.chunks else []
+        if not self._encoded.keys() >= set(picked):
+            chunks = [self._elements(index) for index in picked]
+            grouped = [(bits, lengths) for bits, lengths in chunks if lengths is not None]
+            if grouped:
+                self._low_bits[:] = best_low_bits(grouped, self.encoding, min(self.chunks, _MOST_EFFORT))
+            for index, (bits, lengths) in zip(picked, chunks, strict=True):
+                self._encoded[index] = bits, self._planes(bits, lengths)
+        encoded = [self._encoded[index] for index in picked]
+        elements = sum(bits.size for bits, _ in encoded)
+        stored = sum(memoryview(plane).nbytes for _, planes in encoded for plane in planes)
         table = 8 * self.encoding.table_words(self.array_dtype, self.bits.size)
-        return table + (stored * self.bits.size / elements if elements else 0)
+        own = 0 if self.prediction is None else self.prediction.own_bytes
+        return own + table + (stored * self.bits.size / elements if elements else 0)
 
 
-def candidates(dtype: Dtype, shape: Shape, bits: Bits, prediction: Prediction | None) -> Iterator[Coding]:
+def candidates(tensor: Elements, predictions: Iterable[Prediction]) -> Iterator[Coding]:
     """The codings worth a look, cheapest to read first."""
-    yield Coding(dtype, raw(dtype, shape), bits)
-    yield Coding(dtype, compressed(dtype, shape), bits)
-    if prediction is not None:
-        residual = DTYPES[f"U{8 * dtype.width}"]
-        yield Coding(dtype, compressed(residual, shape), bits, prediction)
+    yield Coding(tensor.dtype, raw(tensor.dtype, tensor.shape), tensor.bits)
+    yield Coding(tensor.dtype, compressed(tensor.dtype, tensor.shape), tensor.bits)
+    for prediction in predictions:
+        yield from patches(tensor, prediction)
 
 
-def choose(dtype: Dtype, shape: Shape, bits: Bits, prediction: Prediction | None = None) -> Coding:
-    """The coding with the smallest estimate; the simpler one where they are equal."""
-    return min(candidates(dtype, shape, bits, prediction), key=Coding.estimate)
+def patches(tensor: Elements, prediction: Prediction) -> Iterator[Coding]:
+    """The codings of a tensor as the residual of a prediction."""
+    dtype = DTYPES[f"U{8 * tensor.dtype.width}"]
+    encoding = residuals(dtype, tensor.shape)
+    groups = prediction.groups(tensor.bits, tensor.dtype, encoding.chunk)
+    if groups is None or tensor.bits.size < _SMALL:
+        yield Coding(tensor.dtype, compressed(dtype, tensor.shape), tensor.bits, prediction)
+    if groups is not None:
+        yield Coding(tensor.dtype, encoding, tensor.bits, prediction, groups)
+
+
+def smallest(codings: Iterable[Coding]) -> Coding:
+    """The coding with the smallest estimate, the first of them where they are equal.
+
+    Weights are hardly ever smaller by themselves than as a patch: first a sample says whether they could be.
+    """
+    every = list(codings)
+    patched = [coding for coding in every if coding.prediction is not None]
+    if patched:
+        least = min(coding.estimate() for coding in patched)
+        every = [coding for coding in every if coding.prediction is not None or coding.guess() <= _UNSURE * least]
+    return min(every, key=Coding.estimate)
+
+
+def choose(name: str, tensor: Elements, bases: Sequence[Referred] = ()) -> Coding:
+    """The coding with the smallest estimate; the simpler one where they are equal.
+
+    Args:
+        name: of the tensor.
+        tensor: what is to be stored.
+        bases: what may predict it.
+    """
+    plain = list(candidates(tensor, bases))
+    best = smallest(plain)
+    patched = sorted((coding for coding in plain if coding.prediction is not None), key=Coding.estimate)
+    closest = dict.fromkeys(coding.prediction for coding in patched)
+    alike = [base for base in closest if isinstance(base, Referred) and not base.resized]
+    if best.estimate() <= _least_bytes(tensor):
+        return best
+    better = (coding for found in computed(name, tensor, alike, best.estimate()) for coding in patches(tensor, found))
+    return min([best, *better], key=Coding.estimate)
+
+
+def _least_bytes(tensor: Elements) -> int:
+    """What one component takes, at least: where a tensor takes no more, there is nothing to gain."""
+    rows = tensor.shape[0] if tensor.shape else 1
+    return rows + tensor.bits.size // max(rows, 1)

@@ -28,7 +28,8 @@ from ..shards import header_room, raw_bytes
 from ..sources import BASE_ID
 from .difference import Difference, encoded_bytes
 from .factored import Factored, above_noise, approximated, within
-from .lossless import Coding, Prediction, candidates
+from .lossless import Coding, candidates
+from .prediction import Elements, Referred
 from .ranks import (
     Candidate,
     EnergyFraction,
@@ -37,7 +38,7 @@ from .ranks import (
     allocate,
     break_even,
 )
-from .sharing import Likeness, Parts, ShareMap, likeness, parse_layout, sample_pairs, share_map, sharing_makes_sense
+from .sharing import Likeness, Parts, ShareMap, likeness, parse_layout, sample_pairs, shared_layers, sharing_makes_sense
 from .svd import spectrum_of, truncated_svd
 
 _SHORTEST = 0.6  # coded factors never take less than this of their bytes; a rank that fails even so is not looked at
@@ -196,10 +197,7 @@ class LowrankMethod:
     def _share_map(self) -> ShareMap:
         """The layers that share an anchor. Raises `RefusedError` if they are not alike."""
         assert self._request.share is not None
-        facts = {name: (info.dtype.name, info.shape) for name, info in self._checkpoint.tensors.items()}
-        shared = share_map(facts, parse_layout(self._request.share), parts=self._request.share_parts)
-        if shared.problems:
-            raise UsageError("; ".join(shared.problems), where=self._checkpoint.location)
+        shared = shared_layers(self._checkpoint, self._request.share, self._request.share_parts)
         selected = {name: anchor for name, anchor in shared.anchors.items() if self._request.selects(name)}
         shared = ShareMap(selected, shared.layers)
         if not self._request.force and (sample := list(self._likenesses(shared))):
@@ -249,16 +247,16 @@ class LowrankMethod:
         ref = self._references[name]
         return Difference(self._checkpoint.tensors[name], bits, None if ref is None else self._prediction(ref))
 
-    def _prediction(self, ref: Ref) -> Prediction:
+    def _prediction(self, ref: Ref) -> Referred:
         source = self._checkpoint if ref.base is None else self._reference
         assert source is not None
-        return Prediction(ref, source.tensors[ref.tensor].dtype, source.read_whole(ref.tensor))
+        return Referred(ref, source.tensors[ref.tensor].dtype, source.read_whole(ref.tensor))
 
-    def _codings(self, name: str, bits: Bits, reference: Prediction | None) -> Iterator[Coding]:
+    def _codings(self, name: str, bits: Bits, reference: Referred | None) -> Iterator[Coding]:
         """The ways to store a tensor lossless. Only a base predicts there: anchors do not."""
         info = self._checkpoint.tensors[name]
         predicted = reference is not None and reference.ref.base is not None and predicts(reference.dtype, info.dtype)
-        return candidates(info.dtype, info.shape, bits, reference if predicted else None)
+        return candidates(Elements(info.dtype, info.shape, bits), [reference] if reference and predicted else [])
 
     def _factored(self, name: str, difference: Difference, lossless: float) -> Factored | None:
         request = self._request

@@ -16,7 +16,9 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from ..checkpoint import Checkpoint
 from ..dtypes import Shape
+from ..errors import UsageError
 from .svd import Float32, energy, spectrum
 
 Part: TypeAlias = Literal["attention", "mlp"]
@@ -160,6 +162,18 @@ def share_map(
         kept = ""
     wanted = "attention or MLP" if parts == "both" else parts
     return ShareMap({}, {}, (f"the layout shares no {wanted} weight of this model: it has {sizes} blocks{kept}",))
+
+
+def shared_layers(checkpoint: Checkpoint, layout: str, parts: Parts) -> ShareMap:
+    """`share_map` of a checkpoint. Raises `UsageError` if nothing can be shared so."""
+    facts = {name: (info.dtype.name, info.shape) for name, info in checkpoint.tensors.items()}
+    try:
+        shared = share_map(facts, parse_layout(layout), parts=parts)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if shared.problems:
+        raise UsageError("; ".join(shared.problems), where=checkpoint.location)
+    return shared
 
 
 def _stacks(names: Iterable[str]) -> dict[str, dict[int, dict[str, str]]]:

@@ -12,10 +12,12 @@ from .base import Facts, Operator, Scope, Source, Target, Value
 from .lowrank import Lowrank
 from .patch import Patch
 from .ref import Ref
+from .rows import Rows
+from .scaled import Scaled
 from .stored import Stored
 from .sum import Sum
 
-OPERATORS: dict[str, type[Operator]] = {kind.op: kind for kind in (Stored, Ref, Sum, Lowrank, Patch)}
+OPERATORS: dict[str, type[Operator]] = {kind.op: kind for kind in (Stored, Ref, Sum, Lowrank, Scaled, Rows, Patch)}
 
 _PLAIN = {"op", "array"}
 
@@ -26,6 +28,8 @@ __all__ = [
     "Operator",
     "Patch",
     "Ref",
+    "Rows",
+    "Scaled",
     "Scope",
     "Source",
     "Stored",

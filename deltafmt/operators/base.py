@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..dtypes import Bits, Dtype, Shape, widen
+from ..dtypes import Bits, Dtype, Shape
 from ..errors import MalformedError
-from ..scratch import scratch
+from ..gemm import widen_into
+from ..scratch import aligned, borrowed
 from ..strictjson import Fields
 
 Wide = npt.NDArray[Any]  # float32 or float64: the accumulation type of a tensor
@@ -20,16 +22,23 @@ Wide = npt.NDArray[Any]  # float32 or float64: the accumulation type of a tensor
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a tensor, stored array or node without reading data. `dtype` is None where a node is wide."""
+    """What is known of a tensor, stored array or node without reading data.
+
+    Attributes:
+        dtype: None where a node is wide.
+        exact: whether every reader gets the same bits (spec/arithmetic.md).
+        chunk: elements per chunk of a stored array; None of anything else.
+    """
 
     dtype: Dtype | None
     shape: Shape
     exact: bool
+    chunk: int | None = None
 
     @property
     def count(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=object))
+        return math.prod(self.shape)
 
 
 class Scope(Protocol):
@@ -68,7 +77,7 @@ class Target:
     @property
     def row(self) -> int:
         """Elements per row: the product of all dimensions but the first."""
-        return int(np.prod(self.shape[1:], dtype=object))
+        return math.prod(self.shape[1:])
 
 
 class Value(ABC):
@@ -81,21 +90,25 @@ class Value(ABC):
         raise TypeError("a wide node has no bits")  # excluded by `infer`
 
     def accumulate(self, lo: int, hi: int, into: Wide, first: bool) -> None:
-        """Add the values of elements `[lo, hi)` to `into` (or set it, if `first`), in the accumulation type."""
-        if first:
-            self._widen(lo, hi, into)
-        else:
-            np.add(into, self._widen(lo, hi, scratch("operand values", into.dtype, hi - lo)), out=into)
+        """Add the values of elements `[lo, hi)` to `into` (or set it, if `first`), in the accumulation type.
+
+        Exact nodes are computed by themselves and added in one step, rounded once.
+        """
+        if not first:
+            with borrowed(into.dtype, hi - lo) as values:
+                self.accumulate(lo, hi, values, first=True)
+                np.add(into, values, out=into)
+            return
+        assert self.facts.dtype is not None
+        with borrowed(self.facts.dtype.bits, hi - lo) as bits:
+            self.bits(lo, hi, bits)
+            widen_into(bits, self.facts.dtype, into)
 
     def reference(self, lo: int, hi: int, accumulator: np.dtype[Any]) -> Wide:
         """The same values by the ordered reference of spec/arithmetic.md."""
-        return self._widen(lo, hi, np.empty(hi - lo, accumulator))
-
-    def _widen(self, lo: int, hi: int, out: Wide) -> Wide:
-        assert self.facts.dtype is not None
-        bits = scratch("operand", self.facts.dtype.bits, hi - lo)
-        self.bits(lo, hi, bits)
-        return widen(bits, self.facts.dtype, out.dtype, out)
+        values = np.empty(hi - lo, accumulator)
+        self.accumulate(lo, hi, values, first=True)
+        return values
 
 
 class ReadValue(Value):
@@ -137,6 +150,13 @@ class Operator(ABC):
         yield self
         for operand in self.operands():
             yield from operand.walk()
+
+
+def whole(value: Value, accumulator: np.dtype[Any]) -> Wide:
+    """All values of a float node with a dtype, in its shape."""
+    values = aligned(accumulator, value.facts.count)
+    value.accumulate(0, values.size, values, first=True)
+    return values.reshape(value.facts.shape)
 
 
 def misfit(what: str, pointer: str, expected: object = None, found: object = None) -> MalformedError:

@@ -1,4 +1,8 @@
-"""`lowrank`: `scale * B^T A`, the factors component-major, largest first (spec/operators/lowrank.md)."""
+"""`lowrank`: `scale * B^T A`, the factors component-major, largest first (spec/operators/lowrank.md).
+
+With float factors the value depends on the order of the sums, within a bound. With integer factors no sum or product is
+ever rounded, so that any matrix product gives the same bits.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,22 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
-from ..dtypes import widen
+from ..dtypes import DTYPES
+from ..errors import MalformedError
 from ..gemm import add_product
+from ..names import escaped
+from ..scratch import aligned, borrowed
 from ..strictjson import Fields
-from .base import Facts, Operator, Scope, Source, Target, Value, Wide, misfit
+from .base import Facts, Operator, Scope, Source, Target, Value, Wide, misfit, whole
+
+FACTOR_INTEGERS = frozenset(DTYPES[name] for name in ("I8", "I16", "I32"))
+FACTOR_FLOATS = frozenset(dtype for dtype in DTYPES.values() if dtype.is_float)
+EXPONENTS = range(-100, 101)
+"""Of two, in the scale of integer factors."""
+
+Integers = npt.NDArray[np.signedinteger[Any]]
 
 
 @dataclass(frozen=True)
@@ -43,10 +58,15 @@ class Lowrank(Operator):
         b = self.b.infer(scope, target, f"{pointer}/b")
         if len(target.shape) < 2:
             raise misfit("low rank in a tensor of fewer than two dimensions", pointer, found=list(target.shape))
+        integers = a.dtype in FACTOR_INTEGERS
         for key, operand, size in (("a", a, target.row), ("b", b, target.rows)):
-            if operand.dtype is None or not operand.dtype.is_float:
+            fits = operand.dtype in FACTOR_INTEGERS if integers else operand.dtype in FACTOR_FLOATS
+            if not fits:
                 kind = "a wide node" if operand.dtype is None else operand.dtype.name
-                raise misfit("a factor that is not a float", f"{pointer}/{key}", "F64, F32, F16 or BF16", kind)
+                wanted = "F64, F32, F16 or BF16, or I8, I16 or I32 for both"
+                raise misfit("a factor of the wrong dtype", f"{pointer}/{key}", wanted, kind)
+            if integers and not operand.exact:
+                raise misfit("integer factors that are not exact", f"{pointer}/{key}")
             if len(operand.shape) != 2 or operand.shape[1] != size or operand.shape[0] != a.shape[0]:
                 raise misfit(
                     "a factor of the wrong shape", f"{pointer}/{key}", f"[{a.shape[0]}, {size}]", list(operand.shape)
@@ -55,43 +75,113 @@ class Lowrank(Operator):
             raise misfit("the rank does not fit", pointer, f"1 to {min(target.rows, target.row)}", a.shape[0])
         if not math.isfinite(self.scale):
             raise misfit("the scale is not finite", pointer)
-        return Facts(None, target.shape, exact=False)
+        if integers and not is_exact_scale(self.scale):
+            raise misfit("the scale of integer factors", pointer, "a power of two from 2^-100 to 2^100", self.scale)
+        return Facts(None, target.shape, exact=integers)
 
     def bind(self, source: Source, scope: Scope, target: Target) -> Value:
         return _Lowrank(self, self.a.bind(source, scope, target), self.b.bind(source, scope, target), target)
 
 
+def is_exact_scale(scale: float) -> bool:
+    """Whether integer factors may have this scale: it can be multiplied with any of their sums without rounding."""
+    mantissa, exponent = math.frexp(scale)
+    return mantissa == 0.5 and exponent - 1 in EXPONENTS
+
+
+def squared_bound(a: Integers, b: Integers) -> int:
+    """The square of what no sum of products of the integer factors `a [r, in]`, `b [r, out]` exceeds.
+
+    By Cauchy and Schwarz that holds for the sum over any of the components, so for whatever is summed up on the way.
+    """
+    return _largest_square(a) * _largest_square(b)
+
+
+def most_squared(accumulator: np.dtype[Any]) -> int:
+    """The largest `squared_bound` that is allowed: up to its root the accumulation type holds every integer."""
+    return 1 << 2 * (np.finfo(accumulator).nmant + 1)
+
+
+def _largest_square(factor: Integers) -> int:
+    """The largest sum of squares of a column, in halves: squares of I32 do not add up in 64 bits."""
+    high, low = np.zeros((2, factor.shape[1]), np.int64)
+    for component in factor:
+        squares = np.square(component.astype(np.int64))
+        high += squares >> 32
+        low += squares & 0xFFFFFFFF
+    high += low >> 32
+    low &= 0xFFFFFFFF
+    top = high.max(initial=0)
+    return (int(top) << 32) + int(low[high == top].max(initial=0))
+
+
+def _may_vanish(a: Integers, b: Integers) -> bool:
+    """Whether an element can be a sum of nothing but zeros: -0 then, in a product that does not start from +0."""
+    zeros = (int(np.count_nonzero(factor == 0, axis=0).max(initial=0)) for factor in (a, b))
+    return sum(zeros) >= len(a)
+
+
 class _Lowrank(Value):
     def __init__(self, node: Lowrank, a: Value, b: Value, target: Target) -> None:
-        self.facts = Facts(None, target.shape, exact=False)
+        self.facts = Facts(None, target.shape, exact=a.facts.dtype in FACTOR_INTEGERS)
         self._a, self._b = a, b
         self._scale = node.scale
         self._target = target
         self._lock = threading.Lock()
         self._factors: tuple[Wide, Wide] | None = None
+        self._has_zeros = False  # of either sign, as a product makes them; known once the factors are read
 
     def factors(self) -> tuple[Wide, Wide]:
-        """`(a [r, in], scale * b [r, out])` in the accumulation type; read once."""
+        """`(a [r, in], scale * b [r, out])` in the accumulation type; read once.
+
+        Raises `MalformedError` (reason `inexact`) if a sum of integers might have to be rounded.
+        """
         with self._lock:
             if self._factors is None:
-                a, b = (_whole(value, self._target.accumulator) for value in (self._a, self._b))
-                self._factors = a, b if self._scale == 1 else b * b.dtype.type(self._scale)
+                a, b = self._integers() if self.facts.exact else self._floats()
+                if self._scale != 1:
+                    b *= b.dtype.type(self._scale)
+                self._factors = a, b
             return self._factors
 
+    def _floats(self) -> tuple[Wide, Wide]:
+        return whole(self._a, self._target.accumulator), whole(self._b, self._target.accumulator)
+
+    def _integers(self) -> tuple[Wide, Wide]:
+        accumulator = self._target.accumulator
+        a, b = _whole_integers(self._a), _whole_integers(self._b)
+        if (found := squared_bound(a, b)) > most_squared(accumulator):
+            raise MalformedError(
+                f"integer factors too large for {accumulator.name}",
+                where=f"tensor '{escaped(self._target.name)}'",
+                expected=f"largest squares of columns, multiplied, up to {most_squared(accumulator)}",
+                found=found,
+                reason="inexact",
+            )
+        self._has_zeros = _may_vanish(a, b)
+        return _converted(a, accumulator), _converted(b, accumulator)
+
     def accumulate(self, lo: int, hi: int, into: Wide, first: bool) -> None:
-        a, b = self.factors()
         row = self._target.row
         top, bottom = lo // row, -(-hi // row)
-        if lo == top * row and hi == bottom * row:
-            add_product(into.reshape(-1, row), b[:, top:bottom], a, first)
+        is_whole_rows = lo == top * row and hi == bottom * row
+        if is_whole_rows and (first or not self.facts.exact):
+            self._product(into, top, bottom, first)
             return
-        rows = np.empty((bottom - top, row), into.dtype)
-        add_product(rows, b[:, top:bottom], a, True)
-        part = rows.reshape(-1)[lo - top * row : hi - top * row]
-        if first:
-            np.copyto(into, part)
-        else:
-            np.add(into, part, out=into)
+        # Exact products are formed by themselves: added up on top of something else, their order would matter.
+        with borrowed(into.dtype, (bottom - top) * row) as rows:
+            self._product(rows, top, bottom, True)
+            part = rows[lo - top * row : hi - top * row]
+            if first:
+                np.copyto(into, part)
+            else:
+                np.add(into, part, out=into)
+
+    def _product(self, into: Wide, top: int, bottom: int, first: bool) -> None:
+        a, b = self.factors()
+        add_product(into.reshape(-1, self._target.row), b[:, top:bottom], a, first)
+        if self._has_zeros:
+            into += 0.0  # makes -0 a +0
 
     def reference(self, lo: int, hi: int, accumulator: np.dtype[Any]) -> Wide:
         a, b = self.factors()
@@ -103,9 +193,15 @@ class _Lowrank(Value):
         return total.reshape(-1)[lo - top * row : hi - top * row]
 
 
-def _whole(value: Value, accumulator: np.dtype[Any]) -> Wide:
+def _whole_integers(value: Value) -> Integers:
     dtype = value.facts.dtype
     assert dtype is not None
     bits = np.empty(value.facts.count, dtype.bits)
     value.bits(0, bits.size, bits)
-    return widen(bits, dtype, accumulator).reshape(value.facts.shape)
+    return bits.view(dtype.values).reshape(value.facts.shape)
+
+
+def _converted(integers: Integers, accumulator: np.dtype[Any]) -> Wide:
+    wide = aligned(accumulator, integers.size).reshape(integers.shape)
+    np.copyto(wide, integers, casting="unsafe")
+    return wide

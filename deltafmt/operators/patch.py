@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ..dtypes import Bits, Dtype, round_to
-from ..scratch import scratch
+from ..dtypes import Bits, Dtype, round_to, widen
+from ..gemm import round_wide
+from ..scratch import borrowed, scratch
 from ..strictjson import Fields
-from .base import Facts, Operator, Scope, Source, Target, Value, misfit
+from .base import Facts, Operator, Scope, Source, Target, Value, Wide, misfit
+from .groups import Groups, Keys, Up, exponents, margin_bits, margins
 from .stored import Stored
+
+_SILENT: dict[str, Any] = {"over": "ignore", "under": "ignore", "invalid": "ignore"}  # infinities and NaN are values
 
 
 @dataclass(frozen=True)
 class Patch(Operator):
     prediction: Operator
     residual: Operator
+    groups: Groups | None = None
     op: ClassVar[str] = "patch"
 
     @classmethod
     def parse(cls, fields: Fields, node: Callable[[str, object], Operator], pointer: str) -> Patch:
         prediction = node("prediction", fields.object("prediction"))
-        return cls(prediction, node("residual", fields.object("residual")))
+        residual = node("residual", fields.object("residual"))
+        groups = Groups.parse(fields.object("groups"), f"{pointer}/groups") if fields.has("groups") else None
+        return cls(prediction, residual, groups)
 
     def to_json(self) -> dict[str, Any]:
-        return {"op": self.op, "prediction": self.prediction.to_json(), "residual": self.residual.to_json()}
+        groups = {} if self.groups is None else {"groups": self.groups.to_json()}
+        return {"op": self.op, "prediction": self.prediction.to_json(), "residual": self.residual.to_json(), **groups}
 
     def operands(self) -> tuple[Operator, ...]:
         return (self.prediction, self.residual)
@@ -39,7 +48,7 @@ class Patch(Operator):
         if residual.dtype is None or residual.dtype.name != wanted:
             found = "a wide node" if residual.dtype is None else residual.dtype.name
             raise misfit("a residual of the wrong dtype", f"{pointer}/residual", wanted, found)
-        if prediction.dtype is None or not predicts(prediction.dtype, target.dtype):
+        if not predicts(prediction.dtype, target.dtype):
             found = "a wide node" if prediction.dtype is None else prediction.dtype.name
             raise misfit("a prediction of the wrong dtype", f"{pointer}/prediction", target.dtype.name, found)
         if prediction.shape != residual.shape:
@@ -48,84 +57,221 @@ class Patch(Operator):
             )
         if not (prediction.exact and residual.exact):
             raise misfit("a patch of something that is not exact", pointer)
+        if self.groups is not None:
+            self._check_groups(self.groups, prediction, target, pointer)
         return Facts(target.dtype, prediction.shape, exact=True)
+
+    def _check_groups(self, groups: Groups, prediction: Facts, target: Target, pointer: str) -> None:
+        if not isinstance(self.residual, Stored):
+            raise misfit("groups in a residual that is not a stored array", f"{pointer}/residual")
+        if not target.dtype.is_float:
+            raise misfit("groups of a dtype without them", pointer, "F64, F32, F16 or BF16", target.dtype.name)
+        if groups.by == "margin" and prediction.dtype is not None:
+            raise misfit(
+                "a margin of what is rounded already", f"{pointer}/prediction", "a wide node", prediction.dtype.name
+            )
+        if groups.by == "margin" and margin_bits(target.accumulator, target.dtype) <= 0:
+            raise misfit("a margin where nothing is rounded away", pointer, found=target.dtype.name)
 
     def bind(self, source: Source, scope: Scope, target: Target) -> Value:
         facts = self.infer(scope, target, target.name)
-        nested = not isinstance(self.residual, Stored)
         prediction, residual = (operand.bind(source, scope, target) for operand in self.operands())
-        return _Patch(facts, prediction, residual, target.dtype, nested)
+        if self.groups is None:
+            return _Patch(facts, prediction, residual, target)
+        return _Grouped(facts, prediction, residual, target, self.groups)
 
 
 class _Patch(Value):
-    def __init__(self, facts: Facts, prediction: Value, residual: Value, dtype: Dtype, nested: bool) -> None:
+    def __init__(self, facts: Facts, prediction: Value, residual: Value, target: Target) -> None:
         self.facts = facts
-        self._prediction, self._residual, self._dtype, self._nested = prediction, residual, dtype, nested
+        self._residual, self._dtype = residual, target.dtype
+        self._predicted = _Predicted(prediction, target)
 
     def bits(self, lo: int, hi: int, out: Bits) -> None:
-        source = self._prediction.facts.dtype
-        assert source is not None
-        # A residual that may itself be patched uses this thread's buffers.
-        count, bits = hi - lo, source.bits
-        predicted = np.empty(count, bits) if self._nested else scratch("patch prediction", bits, count)
-        self._prediction.bits(lo, hi, predicted)
+        with borrowed(self._dtype.bits, hi - lo) as residual:
+            self._residual.bits(lo, hi, residual)
+            self._predicted.bits(lo, hi, out)
+            correct(out, residual, self._dtype, out)
+
+
+class _Grouped(Value):
+    """Residuals are in order of groups within each chunk: chunks are patched as a whole."""
+
+    def __init__(self, facts: Facts, prediction: Value, residual: Value, target: Target, groups: Groups) -> None:
+        assert residual.facts.chunk is not None
+        self.facts = facts
+        self._residual, self._groups, self._dtype = residual, groups, target.dtype
+        self._predicted = _Predicted(prediction, target)
+        self._chunk = residual.facts.chunk
+        self._count = facts.count
+
+    def bits(self, lo: int, hi: int, out: Bits) -> None:
+        for begin in range(lo // self._chunk * self._chunk, hi, self._chunk):
+            end = min(begin + self._chunk, self._count)
+            if lo <= begin and end <= hi:
+                self._read(begin, end, out[begin - lo : end - lo])
+            else:
+                with borrowed(self._dtype.bits, end - begin) as whole:
+                    self._read(begin, end, whole)
+                    first, last = max(lo, begin), min(hi, end)
+                    np.copyto(out[first - lo : last - lo], whole[first - begin : last - begin])
+
+    def _read(self, lo: int, hi: int, out: Bits) -> None:
+        """Put one whole chunk into `out`."""
+        up = None
+        if self._groups.by == "exponent":
+            self._predicted.bits(lo, hi, out)
+            keys = exponents(out, self._dtype)
+        else:
+            with self._predicted.wide(lo, hi) as values:
+                round_wide(values, self._dtype, out)
+                keys, up = margins(values, self._dtype)
         residual = scratch("patch residual", self._dtype.bits, hi - lo)
         self._residual.bits(lo, hi, residual)
-        correct(cast(predicted, source, self._dtype), residual, self._dtype, out)
+        correct_in_groups(self._groups, keys, up, residual, self._dtype, out)
 
 
-def predicts(source: Dtype, target: Dtype) -> bool:
-    """Whether a tensor of dtype `source` can predict one of dtype `target`."""
-    return source == target or (source.name == "F32" and target.name in ("BF16", "F16"))
+class _Predicted:
+    """A prediction as bits of the tensor's dtype, or as it is before it is rounded to it."""
+
+    def __init__(self, value: Value, target: Target) -> None:
+        self._value, self._dtype, self._accumulator = value, target.dtype, target.accumulator
+
+    def bits(self, lo: int, hi: int, out: Bits) -> None:
+        source = self._value.facts.dtype
+        if source is None:
+            with self.wide(lo, hi) as values:
+                round_wide(values, self._dtype, out)
+        elif source == self._dtype:
+            self._value.bits(lo, hi, out)
+        else:
+            with borrowed(source.bits, hi - lo) as bits:
+                self._value.bits(lo, hi, bits)
+                cast(bits, source, self._dtype, out)
+
+    @contextmanager
+    def wide(self, lo: int, hi: int) -> Iterator[Wide]:
+        """The value of a wide prediction, in memory that may be written to until the `with` block ends."""
+        with borrowed(self._accumulator, hi - lo) as values:
+            with np.errstate(**_SILENT):
+                self._value.accumulate(lo, hi, values, first=True)
+            yield values
 
 
-def cast(bits: Bits, source: Dtype, target: Dtype) -> Bits:
-    """A prediction's bits in the target's dtype; rounded once where the dtypes differ."""
+def predicts(source: Dtype | None, target: Dtype) -> bool:
+    """Whether what has dtype `source`, or is wide, can predict a tensor of dtype `target`."""
+    return source == target or (target.is_float and (source is None or source.is_float))
+
+
+def cast(bits: Bits, source: Dtype, target: Dtype, out: Bits | None = None) -> Bits:
+    """A prediction's bits in the target's dtype, in `out` if it is given; rounded once where the dtypes differ."""
     if source == target:
         return bits
-    rounded: Bits = scratch("patch cast", target.bits, bits.size)
-    return round_to(bits.view(source.values), target, rounded)
+    wider = np.dtype("f8" if "F64" in (source.name, target.name) else "f4")
+    values = widen(bits, source, wider, scratch("patch widened", wider, bits.size))
+    return round_to(values, target, scratch("patch cast", target.bits, bits.size) if out is None else out)
 
 
-def difference(bits: Bits, predicted: Bits, dtype: Dtype) -> Bits:
-    """The zigzag-coded residual that turns `predicted` into `bits`: all `[m]` unsigned integers of one width."""
+def difference_in_groups(
+    groups: Groups, keys: Keys, up: Up | None, bits: Bits, predicted: Bits, dtype: Dtype
+) -> tuple[Bits, list[int]]:
+    """The residual of one chunk in order of groups, and the elements of each group.
+
+    Args:
+        keys, up: `[m]`, of the prediction.
+        bits, predicted: `[m]`, as in `difference`.
+    """
+    residual = difference(bits, predicted, dtype, up)
+    grouped = np.empty_like(residual)
+    begin = 0
+    for places in groups.places(keys):
+        end = begin + places.size
+        np.take(residual, places, mode="clip", out=grouped[begin:end])
+        begin = end
+    return grouped, groups.lengths(keys)
+
+
+def correct_in_groups(groups: Groups, keys: Keys, up: Up | None, residual: Bits, dtype: Dtype, out: Bits) -> None:
+    """Undo `difference_in_groups`: correct the predicted bits in `out`. `residual` is overwritten."""
+    half = residual.size // 2
+    if residual[half:].max(initial=0) > 0:
+        needed = residual.size
+    else:  # the last groups often need no correction
+        misses = np.flatnonzero(residual[:half])
+        needed = int(misses[-1]) + 1 if misses.size else 0
+    if needed == 0:
+        return
+    dense = needed == residual.size
+    scattered = scratch("patch scattered", dtype.bits, residual.size)
+    begin = 0
+    for places in groups.places(keys, needed):
+        part = residual[begin : begin + places.size]
+        begin += places.size
+        if dense:
+            scattered[places] = part
+        else:
+            some = out[places]
+            correct(some, part, dtype, some, None if up is None else up[places])
+            out[places] = some
+    if dense:
+        correct(out, scattered, dtype, out, up)
+
+
+def difference(bits: Bits, predicted: Bits, dtype: Dtype, up: Up | None = None) -> Bits:
+    """The zigzag-coded residual that turns `predicted` into `bits`: all `[m]` unsigned integers of one width.
+
+    `up` turns the sign of the difference around where it is true.
+    """
     ordered = _order(predicted, dtype, "patch ordered prediction")
     residual: Bits = np.subtract(_order(bits, dtype, "patch ordered"), ordered)
+    if up is not None:
+        _negate(residual, up)
     sign = _sign_mask(residual, "patch sign")
-    np.left_shift(residual, 1, out=residual)
+    np.add(residual, residual, out=residual)  # a shift by 1, and twice as fast
     np.bitwise_xor(residual, sign, out=residual)
     return residual
 
 
-def correct(predicted: Bits, residual: Bits, dtype: Dtype, out: Bits) -> None:
-    """Undo `difference`: put the corrected bits into `out`. `residual` is overwritten."""
+def correct(predicted: Bits, residual: Bits, dtype: Dtype, out: Bits, up: Up | None = None) -> None:
+    """Undo `difference`: put the corrected bits into `out`, which may be `predicted`. `residual` is overwritten."""
     low_bit = scratch("patch sign", residual.dtype, residual.size)
     np.bitwise_and(residual, 1, out=low_bit)
     np.negative(low_bit, out=low_bit)
     np.right_shift(residual, 1, out=residual)
     np.bitwise_xor(residual, low_bit, out=residual)
+    if up is not None:
+        _negate(residual, up)
     np.add(residual, _order(predicted, dtype, "patch ordered"), out=out)
     if dtype.is_ordered_float:
         np.invert(out, out=low_bit)
-        np.bitwise_xor(out, _flips(low_bit), out=out)
+        np.bitwise_xor(out, _flips(low_bit, low_bit), out=out)
+
+
+def _negate(bits: Bits, where: Up) -> None:
+    """In place, modulo the width."""
+    mask = scratch("patch negated", bits.dtype, bits.size)
+    np.copyto(mask, where)
+    np.subtract(bits, mask, out=bits)
+    np.negative(mask, out=mask)
+    np.bitwise_xor(bits, mask, out=bits)
 
 
 def _order(bits: Bits, dtype: Dtype, purpose: str) -> Bits:
     """Bit patterns as integers in the order of the numbers they stand for."""
     if not dtype.is_ordered_float:
         return bits
-    ordered: Bits = scratch(purpose, bits.dtype, bits.size)
-    np.copyto(ordered, bits)
-    np.bitwise_xor(bits, _flips(ordered), out=ordered)
+    ordered = _flips(bits, scratch(purpose, bits.dtype, bits.size))
+    np.bitwise_xor(bits, ordered, out=ordered)
     return ordered
 
 
-def _flips(bits: Bits) -> Bits:
-    """In place: all ones where the top bit is set, the top bit alone elsewhere."""
-    signed = bits.view(f"i{bits.itemsize}")
-    np.right_shift(signed, 8 * bits.itemsize - 1, out=signed)
-    np.bitwise_or(bits, bits.dtype.type(1 << (8 * bits.itemsize - 1)), out=bits)
-    return bits
+def _flips(bits: Bits, out: Bits) -> Bits:
+    """All ones where the top bit is set, the top bit alone elsewhere; `out` may be `bits`."""
+    top = 8 * bits.itemsize - 1
+    signed = f"i{bits.itemsize}"
+    np.right_shift(bits.view(signed), top, out=out.view(signed))
+    np.bitwise_or(out, bits.dtype.type(1 << top), out=out)
+    return out
 
 
 def _sign_mask(bits: Bits, purpose: str) -> Bits:

@@ -42,7 +42,7 @@ class Sum(Operator):
                 raise misfit(
                     "a term that is not a float", f"{pointer}/terms/{index}", "F64, F32, F16 or BF16", term.dtype.name
                 )
-        return Facts(None, facts[0].shape, exact=False)
+        return Facts(None, facts[0].shape, exact=all(term.exact for term in facts))
 
     def bind(self, source: Source, scope: Scope, target: Target) -> Value:
         return _Sum([term.bind(source, scope, target) for term in self.terms])
@@ -50,10 +50,13 @@ class Sum(Operator):
 
 class _Sum(Value):
     def __init__(self, terms: list[Value]) -> None:
-        self.facts = Facts(None, terms[0].facts.shape, exact=False)
+        self.facts = Facts(None, terms[0].facts.shape, exact=all(term.facts.exact for term in terms))
         self._terms = terms
 
     def accumulate(self, lo: int, hi: int, into: Wide, first: bool) -> None:
+        if self.facts.exact and not first:  # a sum in a sum: its terms are added up before they are added
+            super().accumulate(lo, hi, into, first)
+            return
         for term in self._terms:
             term.accumulate(lo, hi, into, first)
             first = False

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from conformance.manifest import (
+    FLOATS,
     HEADER_BYTES,
     MANIFEST_BYTES,
     WIDTH,
@@ -21,12 +22,21 @@ from conformance.manifest import (
     digest_of,
     is_integer,
     need,
-    nodes,
     parse_manifest,
     strict_json,
 )
-from conformance.numbers import Floats, decode_plane, patch, round_to, unfilter, widen, xxh64
-from conformance.recipes import check_recipes
+from conformance.numbers import (
+    Floats,
+    convert,
+    exact_product,
+    ordered_product,
+    signed,
+    unsigned,
+    widen,
+)
+from conformance.patches import correct, exponents, margins, ungroup, unzigzag
+from conformance.planes import decode_plane, unfilter, unsegment, xxh64
+from conformance.recipes import accumulation, check_recipes
 
 Tensor = tuple[str, tuple[int, ...], bytes]
 
@@ -131,7 +141,7 @@ class Archive:
         spans = []
         for name, array in arrays.items():
             encoding, width, count = array["encoding"], WIDTH[array["dtype"]], math.prod(array["shape"])
-            row = 2 if encoding["filter"] == "none" else 1 + width
+            row = 2 if encoding["filter"] in ("none", "segments") else 1 + width
             chunks, first = -(-count // encoding["chunk"]), array["table"]
             need(first + chunks * row < len(words) and (chunks or first == 0), "table", f"{what}: rows of {name!r}")
             taken += chunks * row
@@ -152,10 +162,13 @@ class Archive:
         for number, (checksum, *ends) in enumerate(rows):
             where, count = f"array {name!r}, chunk {number}", min(left, encoding["chunk"])
             need(xxh64(stored[begin : ends[-1]]) == checksum, "chunk-checksum", f"{where} was changed")
-            size = count * width // len(ends)
-            cuts = zip([begin, *ends], ends, strict=False)
-            planes = [decode_plane(stored[low:high], size, encoding["coder"], where) for low, high in cuts]
-            data += unfilter(planes, encoding["filter"], width)
+            if encoding["filter"] == "segments":
+                data += unsegment(stored[begin : ends[-1]], count, array["dtype"], where)
+            else:
+                size = count * width // len(ends)
+                cuts = zip([begin, *ends], ends, strict=False)
+                planes = [decode_plane(stored[low:high], size, encoding["coder"], where) for low, high in cuts]
+                data += unfilter(planes, encoding["filter"], width)
             begin, left = ends[-1], left - count
         need(digest_of(data) == array["digest"], "digest", f"array {name!r} does not match its digest")
         return data
@@ -177,9 +190,8 @@ class Archive:
                 self.base(key).tensor(name)
         for name in self.order:
             tensor = tensors[name]
-            operands = {self.operand_dtype(node) for node, _ in nodes(tensor["recipe"])} | {tensor["dtype"]}
-            value = self.value(name, tensor["recipe"], "<f8" if "F64" in operands else "<f4")
-            data = value[1] if isinstance(value, tuple) else round_to(tensor["dtype"], value)
+            value = self.value(name, tensor["recipe"], accumulation(self.manifest, name))
+            data = value[1] if isinstance(value, tuple) else convert(tensor["dtype"], value, signed_nan=False)
             need(tensor.get("digest", digest_of(data)) == digest_of(data), "digest", f"tensor {name!r}: not its digest")
             self.rebuilt[name] = data
         for name, sidecar in self.manifest["sidecars"].items():
@@ -190,15 +202,7 @@ class Archive:
             )
         return {name: (t["dtype"], tuple(t["shape"]), self.rebuilt[name]) for name, t in tensors.items()}
 
-    def operand_dtype(self, node: Node) -> str | None:
-        if node["op"] == "stored":
-            return str(self.manifest["arrays"][node["array"]]["dtype"])
-        if node["op"] == "ref":
-            listed = self.manifest["bases"][node["base"]]["tensors"] if "base" in node else self.manifest["tensors"]
-            return str(listed[node["tensor"]]["dtype"])
-        return None
-
-    def value(self, owner: str, node: Node, accumulate: str) -> tuple[str, bytes] | Floats:
+    def value(self, owner: str, node: Node, accumulator: str) -> tuple[str, bytes] | Floats:
         """Dtype and bytes of a node, or a flat array of the accumulation type for a wide one."""
         if node["op"] == "stored":
             return self.manifest["arrays"][node["array"]]["dtype"], self.arrays[node["array"]]
@@ -207,27 +211,52 @@ class Archive:
             return tensor[0], tensor[2]
         if node["op"] == "ref":
             return self.manifest["tensors"][node["tensor"]]["dtype"], self.rebuilt[node["tensor"]]
-        parts = [self.value(owner, child, accumulate) for child in children(node)]
+        parts = [self.value(owner, child, accumulator) for child in children(node)]
+        dtype, shape = self.manifest["tensors"][owner]["dtype"], self.manifest["tensors"][owner]["shape"]
         if node["op"] == "patch":
-            prediction, residual = parts
-            assert isinstance(prediction, tuple) and isinstance(residual, tuple)
-            dtype = self.manifest["tensors"][owner]["dtype"]
-            return dtype, patch(dtype, prediction, residual[1])
-        wide = [widen(*part, accumulate) if isinstance(part, tuple) else part for part in parts]
+            return dtype, self.corrected(dtype, node, parts)
+        if node["op"] == "rows":
+            assert isinstance(parts[0], tuple)
+            size = math.prod(shape) * WIDTH[parts[0][0]]
+            return parts[0][0], parts[0][1][:size].ljust(size, b"\0")
+        if node["op"] == "lowrank":
+            (dtype_a, a), (dtype_b, b) = (part for part in parts if isinstance(part, tuple))
+            if dtype_a not in FLOATS:
+                integers = signed(a, WIDTH[dtype_a]), signed(b, WIDTH[dtype_b])
+                return exact_product(*integers, shape[0], node.get("scale", 1), accumulator, f"tensor {owner!r}")
+        wide = [widen(*part, accumulator) if isinstance(part, tuple) else part for part in parts]
+        if node["op"] == "lowrank":
+            return ordered_product(wide[0], wide[1], shape[0], node.get("scale", 1))
         with np.errstate(all="ignore"):
-            if node["op"] == "sum":
-                total = wide[0]
-                for term in wide[1:]:
-                    total = total + term
-                return total
-            rows = self.manifest["tensors"][owner]["shape"][0]
-            b = wide[1].reshape(-1, rows)
-            a = wide[0].reshape(len(b), -1)
-            scale = np.array(node.get("scale", 1), "<f8").astype(accumulate)
-            product = np.zeros((rows, a.shape[1]), accumulate)
-            for k in range(len(a)):
-                product = product + (scale * b[k])[:, None] * a[k][None, :]
-            return product.reshape(-1)
+            if node["op"] == "scaled":
+                x, scale = wide
+                return (x.reshape(len(scale), -1) * scale[:, None]).reshape(-1) if len(x) else x
+            total = wide[0]
+            for term in wide[1:]:
+                total = total + term
+            return total
+
+    def corrected(self, dtype: str, node: Node, parts: list[tuple[str, bytes] | Floats]) -> bytes:
+        """The value of a `patch` (operators/patch.md) whose prediction and residual are ``parts``."""
+        prediction, residual = parts
+        assert isinstance(residual, tuple)
+        if not isinstance(prediction, tuple):
+            pattern = convert(dtype, prediction, signed_nan=False)
+        elif prediction[0] == dtype:
+            pattern = prediction[1]
+        else:  # F64 holds every number of the other types
+            pattern = convert(dtype, widen(*prediction, "F64"), signed_nan=True)
+        p, d = unsigned(pattern, WIDTH[dtype]), unzigzag(unsigned(residual[1], WIDTH[dtype]))
+        if "groups" in node:
+            if node["groups"]["by"] == "exponent":
+                key, up = exponents(dtype, p), np.zeros(len(p), bool)
+            else:
+                assert not isinstance(prediction, tuple)
+                key, up = margins(dtype, prediction)
+            chunk = self.manifest["arrays"][node["residual"]["array"]]["encoding"]["chunk"]
+            d = ungroup(d, key, node["groups"]["bounds"], chunk)
+            d = np.where(up, ~d + np.ones_like(d), d)  # -d
+        return correct(dtype, p, d)
 
     def restore(self) -> dict[str, bytes]:
         """The files of the original checkpoint (layout.md), after `verify`."""

@@ -27,6 +27,7 @@ WIDTH = {
     "U16": 2,
     "U8": 1,
 }
+INTEGERS = ("U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64")
 SIGNED_SMALL_FLOATS = ("F8_E5M2", "F8_E4M3", "F8_E5M2FNUZ", "F8_E4M3FNUZ")
 WIDTH |= {"BOOL": 1, "C64": 8, "F8_E8M0": 1} | dict.fromkeys(SIGNED_SMALL_FLOATS, 1)
 FLOATS = {"F64": (11, 52), "F32": (8, 23), "F16": (5, 10), "BF16": (8, 7)}  # bits of exponent and mantissa
@@ -134,12 +135,20 @@ OPERATORS = {  # operators/README.md
     "ref": "op:text tensor:text ?base:text",
     "sum": "op:text terms:list",
     "lowrank": "op:text a:object b:object ?scale:number",
-    "patch": "op:text prediction:object residual:object",
+    "scaled": "op:text x:object scale:object",
+    "rows": "op:text x:object",
+    "patch": "op:text prediction:object residual:object ?groups:object",
+}
+OPERANDS = {  # the keys of an operator that hold nodes; `sum` has a list of them
+    "lowrank": ("a", "b"),
+    "scaled": ("x", "scale"),
+    "rows": ("x",),
+    "patch": ("prediction", "residual"),
 }
 
 
 def children(node: Node) -> list[Node]:
-    return [*node.get("terms", []), *(node[key] for key in ("a", "b", "prediction", "residual") if key in node)]
+    return node["terms"] if node["op"] == "sum" else [node[key] for key in OPERANDS.get(node["op"], ())]
 
 
 def nodes(node: Node, depth: int = 1) -> Iterator[tuple[Node, int]]:
@@ -177,8 +186,18 @@ def check_types(m: dict[str, Any]) -> None:
         need(isinstance(node, dict) and isinstance(node.get("op"), str), "schema", f"{where}: a recipe node without op")
         if node["op"] in OPERATORS:
             record(node, where, OPERATORS[node["op"]])
+            if "groups" in node:
+                check_groups(node["groups"], where)
             for child in children(node):
                 check_node(child, where)
+
+    def check_groups(groups: Any, where: str) -> None:
+        record(groups, f"{where}: groups", "by:text bounds:list")
+        need(groups["by"] in ("exponent", "margin"), "schema", f"{where}: groups by {groups['by']!r}")
+        bounds = groups["bounds"]
+        fine = 1 <= len(bounds) <= 255 and all(is_integer(bound) and 1 <= bound <= 2047 for bound in bounds)
+        need(fine, "schema", f"{where}: bounds are not 1 to 255 integers from 1 to 2,047")
+        need(bounds == sorted(set(bounds)), "schema", f"{where}: bounds do not ascend strictly")
 
     top = "$checksum:digest format:text version:text requires:list shards:list arrays:object bases:object"
     record(m, "manifest", top + " tensors:object checkpoint:object sidecars:object ?annotations:object")
@@ -279,15 +298,11 @@ def check_tables(m: dict[str, Any]) -> None:
         check_array(f"array {name!r}", array)
         encoding = array["encoding"]
         where, filter_, coder = f"array {name!r}: filter or coder", encoding["filter"], encoding["coder"]
-        need(
-            filter_ in ("none", "planes", "float-planes") and coder in ("none", "zstd"), "encoding", f"{where} unknown"
-        )
+        known = filter_ in ("none", "planes", "float-planes", "segments") and coder in ("none", "zstd")
+        need(known, "encoding", f"{where} unknown")
         need(coder == "zstd" or filter_ == "none", "schema", f"{where}: a filter without a coder")
-        need(
-            filter_ != "float-planes" or array["dtype"] in FLOATS,
-            "schema",
-            f"{where}: float-planes on {array['dtype']}",
-        )
+        allowed = {"float-planes": tuple(FLOATS), "segments": INTEGERS}.get(filter_, tuple(WIDTH))
+        need(array["dtype"] in allowed, "schema", f"{where}: {filter_} on {array['dtype']}")
         need(encoding["chunk"] * WIDTH[array["dtype"]] <= CHUNK_BYTES, "limit", f"{where}: chunk too large")
     total = 0
     for name, tensor in m["tensors"].items():

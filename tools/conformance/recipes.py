@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 from conformance.manifest import DEPTH, FLOATS, NODES, RANK, WIDTH, Node, Rejected, children, need, nodes
 
+FACTORS = ("I8", "I16", "I32")  # dtypes of integer factors
+WIDE_OR_FLOAT = (None, *FLOATS)  # dtypes of what can be converted to the accumulation type
+
 
 class Kind(NamedTuple):
     """What is known of a node without its value; ``dtype`` is None for a wide one."""
@@ -14,6 +17,9 @@ class Kind(NamedTuple):
     dtype: str | None
     shape: tuple[int, ...]
     exact: bool
+
+    def __str__(self) -> str:
+        return f"{'' if self.exact else 'bounded '}{self.dtype or 'wide'} {list(self.shape)}"
 
 
 def check_recipes(m: dict[str, Any]) -> list[str]:
@@ -77,32 +83,70 @@ def kind_of(m: dict[str, Any], owner: str, node: Node) -> Kind:
     here, op = f"tensor {owner!r}, {node['op']}", node["op"]
     target_dtype, target_shape = m["tensors"][owner]["dtype"], tuple(m["tensors"][owner]["shape"])
     if op == "stored":
-        return Kind(m["arrays"][node["array"]]["dtype"], tuple(m["arrays"][node["array"]]["shape"]), True)
+        return Kind(leaf_dtype(m, node), tuple(m["arrays"][node["array"]]["shape"]), True)
     if op == "ref":
         listed = m["bases"][node["base"]]["tensors"] if "base" in node else m["tensors"]
         found = listed[node["tensor"]]
         return Kind(found["dtype"], tuple(found["shape"]), "digest" in found)  # manifest.md: then it is exact
     parts = [kind_of(m, owner, child) for child in children(node)]
+    exact = all(part.exact for part in parts)
     if op == "sum":
         need(2 <= len(parts) <= 64, "operand", f"{here}: {len(parts)} terms")
-        need(
-            all(part.dtype is None or part.dtype in FLOATS for part in parts), "operand", f"{here}: a term is no float"
-        )
+        need(all(part.dtype in WIDE_OR_FLOAT for part in parts), "operand", f"{here}: a term is no float")
         need(len({part.shape for part in parts}) == 1, "operand", f"{here}: terms of several shapes")
-        return Kind(None, parts[0].shape, False)
+        return Kind(None, parts[0].shape, exact)
+    if op == "scaled":
+        x, scale = parts
+        need(x.dtype in WIDE_OR_FLOAT and x.shape == target_shape, "operand", f"{here}: {x} for {target_shape}")
+        fits = scale.dtype in FLOATS and scale.shape in ((), target_shape[:1])
+        need(fits, "operand", f"{here}: a scale of {scale} for {target_shape}")
+        return Kind(None, target_shape, exact)
+    if op == "rows":
+        (x,) = parts
+        fits = len(x.shape) >= 1 and len(target_shape) >= 1 and x.shape[1:] == target_shape[1:]
+        need(x.dtype is not None and fits, "operand", f"{here}: {x} for {target_shape}")
+        return Kind(x.dtype, target_shape, exact)
     if op == "patch":
         prediction, residual = parts
-        typed = prediction.dtype == target_dtype or (prediction.dtype == "F32" and target_dtype in ("BF16", "F16"))
-        need(typed and prediction.exact, "operand", f"{here}: prediction of dtype {prediction.dtype}")
-        need(residual.dtype == f"U{8 * WIDTH[target_dtype]}", "operand", f"{here}: residual of dtype {residual.dtype}")
-        need(residual.exact, "operand", f"{here}: residual that is not exact")
-        need(prediction.shape == residual.shape, "operand", f"{here}: prediction and residual of other shapes")
-        return Kind(target_dtype, residual.shape, residual.exact)
+        typed = prediction.dtype == target_dtype or (prediction.dtype in WIDE_OR_FLOAT and target_dtype in FLOATS)
+        need(typed and prediction.exact, "operand", f"{here}: a prediction of {prediction}")
+        fits = residual.dtype == f"U{8 * WIDTH[target_dtype]}" and residual.shape == prediction.shape
+        need(fits and residual.exact, "operand", f"{here}: a residual of {residual} for {prediction}")
+        if "groups" in node:
+            stored = node["residual"]["op"] == "stored"
+            need(stored and target_dtype in FLOATS, "operand", f"{here}: groups of {node['residual']['op']}")
+        if node.get("groups", {}).get("by") == "margin":
+            longer = FLOATS[accumulation(m, owner)][1] > FLOATS[target_dtype][1]
+            need(prediction.dtype is None and longer, "operand", f"{here}: {prediction} has no margin")
+        return Kind(target_dtype, residual.shape, True)
     a, b = parts
-    need(a.dtype in FLOATS and b.dtype in FLOATS, "operand", f"{here}: factors of dtype {a.dtype}, {b.dtype}")
+    integers = exact and {a.dtype, b.dtype} <= set(FACTORS)
+    floats = a.dtype in FLOATS and b.dtype in FLOATS
+    need(integers or floats, "operand", f"{here}: factors {a}, {b}")
     need(len(a.shape) == len(b.shape) == 2 and len(target_shape) >= 2, "operand", f"{here}: not matrices")
     (rank, columns), rows = a.shape, target_shape[0]
     need(rank <= RANK, "limit", f"{here}: rank {rank}")
     fits = columns == math.prod(target_shape[1:]) and b.shape == (rank, rows) and 1 <= rank <= min(rows, columns)
     need(fits, "operand", f"{here}: factors {a.shape}, {b.shape} for {target_shape}")
-    return Kind(None, target_shape, False)
+    scale = node.get("scale", 1)
+    power = scale > 0 and math.frexp(scale)[0] == 0.5 and 2.0**-100 <= scale <= 2.0**100
+    need(floats or power, "operand", f"{here}: {scale} is no power of two from 2^-100 to 2^100")
+    return Kind(None, target_shape, integers)
+
+
+def accumulation(m: dict[str, Any], owner: str) -> str:
+    """The accumulation type of a tensor's recipe (arithmetic.md), ``F32`` or ``F64``."""
+    recipe = m["tensors"][owner]["recipe"]
+    dtypes = {m["tensors"][owner]["dtype"], *(leaf_dtype(m, node) for node, _ in nodes(recipe))}
+    factors = [child for node, _ in nodes(recipe) if node["op"] == "lowrank" for child in children(node)]
+    wide = "F64" in dtypes or "I32" in {leaf_dtype(m, leaf) for factor in factors for leaf, _ in nodes(factor)}
+    return "F64" if wide else "F32"
+
+
+def leaf_dtype(m: dict[str, Any], node: Node) -> str | None:
+    """The dtype of a `stored` or `ref` node; None for one that is computed."""
+    if node["op"] == "stored":
+        return str(m["arrays"][node["array"]]["dtype"])
+    if node["op"] == "ref":
+        return str((m["bases"][node["base"]]["tensors"] if "base" in node else m["tensors"])[node["tensor"]]["dtype"])
+    return None

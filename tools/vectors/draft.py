@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import xxhash
 
+from vectors.evaluate import Bounded, Recipe
 from vectors.frames import FRAMES
-from vectors.values import WIDTH, Bounded, Json, Tensor, canonical, digest, sha256, tensor, values, words
+from vectors.segments import Segment, longest, of_groups, segmented
+from vectors.values import WIDTH, Json, Tensor, canonical, digest, sha256, tensor, values, words
 
 # Encodings (spec/encodings/) ---------------------------------------------------------------------
 
@@ -138,6 +140,7 @@ class Draft:
     base: dict[str, bytes] = field(default_factory=dict)  # files of the base
     base_tensors: dict[str, Tensor] = field(default_factory=dict)
     base_hints: Json = field(default_factory=dict)
+    other_bases: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # base id -> tensors, in one file each
     shards: int = 1
     version: str = "1.0"
     more: Json = field(default_factory=dict)  # further keys of the manifest
@@ -158,6 +161,20 @@ class Draft:
         self.arrays[name] = Stored(t, filter_, coder, chunk, shard, chunks)
         return {"op": "stored", "array": name}
 
+    def segments(self, name: str, t: Tensor, chunk: int, *chunks: Sequence[Segment] | Sequence[int]) -> Json:
+        """Store an array of integers as segments, or groups of these sizes, given for each chunk; returns the node."""
+        elements = words(t)
+        coded = []
+        for number, parts in enumerate(chunks):
+            mine = elements[number * chunk : (number + 1) * chunk]
+            segments = [part for part in parts if isinstance(part, Segment)]
+            groups = [part for part in parts if isinstance(part, int)]
+            stored = of_groups(mine, t.dtype, groups, store) if groups else segmented(mine, t.dtype, segments, store)
+            assert len(stored) <= longest(mine, t.dtype)
+            coded.append([stored])
+        self.arrays[name] = Stored(t, "segments", "zstd", chunk, 0, coded)
+        return {"op": "stored", "array": name}
+
     def exact(self, name: str, t: Tensor, recipe: Json) -> None:
         self.tensors[name] = t
         self.entries[name] = {"dtype": t.dtype, "shape": t.shape, "recipe": recipe, "digest": digest(t.data)}
@@ -166,9 +183,27 @@ class Draft:
         """A tensor that is one stored array of the same name."""
         self.exact(name, t, self.array(name, t, *encoding, **options))
 
-    def approximate(self, name: str, value: Bounded, recipe: Json, original: Tensor | None = None) -> None:
+    def recipe(self, node: Json, dtype: str, shape: list[int]) -> Recipe:
+        """A recipe over what the draft already holds."""
+        return Recipe(node, dtype, shape, self.found)
+
+    def found(self, node: Json) -> Tensor:
+        """The tensor that a `stored` or `ref` node stands for."""
+        if node["op"] == "stored":
+            return self.arrays[node["array"]].tensor
+        bases = {"base": self.base_tensors, **self.other_bases}
+        return (bases[node["base"]] if "base" in node else self.tensors)[node["tensor"]]
+
+    def computed(self, name: str, dtype: str, shape: list[int], node: Json) -> Tensor:
+        """A tensor of the exact grade that is what its recipe comes to."""
+        t = self.recipe(node, dtype, shape).exact()
+        self.exact(name, t, node)
+        return t
+
+    def approximate(self, name: str, dtype: str, shape: list[int], node: Json, original: Tensor | None = None) -> None:
         """A bounded tensor, with its error against ``original`` (None: the rebuilt tensor itself)."""
-        self.lossy(name, value.reference, recipe, original)
+        value = self.recipe(node, dtype, shape).bounded()
+        self.lossy(name, value.reference, node, original)
         self.bounded[name] = value
 
     def lossy(self, name: str, t: Tensor, recipe: Json, original: Tensor | None = None) -> None:
@@ -256,7 +291,7 @@ class Draft:
             "requires": [],
             "shards": shards,
             "arrays": arrays,
-            "bases": {"base": self.base_entry()} if self.base_tensors else {},
+            "bases": self.base_entries(),
             "tensors": self.entries,
             "checkpoint": checkpoint,
             "sidecars": {name: {"size": len(x), "digest": digest(x)} for name, x in self.sidecars.items()},
@@ -269,10 +304,14 @@ class Draft:
         self.edit_files(files)
         return files
 
-    def base_entry(self) -> Json:
-        listed = {name: [t.dtype, t.shape, digest(t.data)] for name, t in self.base_tensors.items()}
-        tensors = {name: {"dtype": d, "shape": s, "digest": h} for name, (d, s, h) in listed.items()}
-        return {"digest": digest(canonical(listed).encode()), "tensors": tensors, **self.base_hints}
+    def base_entries(self) -> Json:
+        def entry(base: dict[str, Tensor]) -> Json:
+            listed = {name: [t.dtype, t.shape, digest(t.data)] for name, t in base.items()}
+            tensors = {name: {"dtype": d, "shape": s, "digest": h} for name, (d, s, h) in listed.items()}
+            return {"digest": digest(canonical(listed).encode()), "tensors": tensors}
+
+        entries = {key: entry(base) for key, base in self.other_bases.items()}
+        return entries | ({"base": entry(self.base_tensors) | self.base_hints} if self.base_tensors else {})
 
 
 def chain(draft: Draft, depth: int) -> None:

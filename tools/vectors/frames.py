@@ -81,5 +81,55 @@ FRAMES = {
         "71bf070051d11d63": (  # I32, 256 -> 60
             "KLUv/WQAAHUBAFQC9/j7AAcQGwMS/hEBGAwC+hkVExMVGfoCDBgBEf4SAxsQBwD7+AEAxSJKPQEWnduj"
         ),
+        "33f7f206bd733d13": (  # segments, 700 -> 192
+            "KLUv/WS8AZUFAELECRTAJcMB/+8c/////wcVY9oDpz2ZAn8GSkQfP/WEFQWt0daHr7RuB02oMFOSxnACmTqrBxGAIMXAs2y1dsNKhWTR"
+            "F+QLSk1I8QkRbzjZbTuVJExHatNbB4CdclTuZozjkneHtqFuwqtK76PSMbQJHdtgg5WroIrRSMjmhhu9pOEERmLMb7EPMqmcFt2CNbJ+"
+            "YBhAURoumKocNyT0TX1wkrII+B0j3Cp2h+h7jkjpcjZR+xy7"
+        ),
+        "0f6c267a67edac6d": (  # segments, 700 -> 30
+            "KLUv/WC8AaUAACgAdQB/AAQAOlNcaqh6J4CKgAI2"
+        ),
+        "81965049ac408ee3": (  # segments, 150 -> 123
+            "KLUv/SCWlQMAYokbI6A1aQz/YA1jsyX+HLKKr3I1of//sW9oLxw/kiGvFNZFIm0KjqG2XwY947qdHI3vMjU1CuPSC4v9w8uymmBPKHL0"
+            "v8cjDg7Pn+TnYx5wgQFOxXUrM+Jf6LLz7Vr8Iqg1Xz+Sv6Qc7ls6soiHbAcA"
+        ),
+        "24bfb9363d00cf4b": (  # segments, 600 -> 51
+            "KLUv/WBYAU0BAMAAAGQAFACZAAEAmQBjAGMAmABkAJgA/wAMUAIARp6gHk6JRkYD1tMI"
+        ),
+        "e2012aaaea898db4": (  # segments, 600 -> 42
+            "KLUv/WRYAeUAADAAADoAOj8HAINIIDmkmikApLDikIIEUixTgAU6LZUd"
+        ),
+        "e0123d3b9b06ccc1": (  # segments, 88 -> 69
+            "KLUv/SBY5QEAggUOE8CnNdmz9f+zxK1VRzxWKpdu7xR1zygT2Q0StQGOxyyl7c+h6OylOsVjctNoS+GRYfomqmWVqhcA"
+        ),
+        "083d46768f0460f1": (  # segments, 700 -> 183
+            "KLUv/WC8AW0FALKFCQ2gN8MBFd4TAGZLtkwBr0jyetbcwapyR130gENb41OlTWfb2woHRyAQA5mqOkBAM3Qc0AwOKlaVJNAJ8TpbM8lg"
+            "eAA0eBdICrBxNqx8bwxlKLn1LShuedwXxe5RS3ACNI5kmIYYBb6Q3XeExiVn1mwdzBCL4BbloSs+IkgfCBl4DUZiQkNEBvgyJBuIpgfQ"
+            "0LB2rQ+toFK+aGdNK9vbyAuT6DoglQHLZAhY"
+        ),
+        "42e45429c2c8778e": (  # segments, 600 -> 67
+            "KLUv/WRYAa0BAGgAABQAGAABABwAARQAEABgE0EE4DigQyGYAPM9WjCADIEomGAQgAvkjAkUoPjgxACEcYAFKiFloA=="
+        ),
+        "b7519597b32dfb8f": (  # segments, 88 -> 76
+            "KLUv/SBYHQIAgsUPF8BrDu9/263ooh515J4/Sps2NusXMrJTwasUxqeD3NSsRLwuYhv098bOMi0acTadNVkK4LvCdJn9aNXwaqwdAA=="
+        ),
+        "95785ca46e8f8083": (  # segments, 700 -> 158
+            "KLUv/WC8AaUEAFIECA/QZTgAlPUAAABcANPIlinVwu9vq7pTJFeyFpxje/sDPiAgA5kpbjic9qEy2H1RhrjM039DZUjgnmTWNrBiuU3L"
+            "THtkNMTrYvhsy8Fu8N4h1vDAncaikMPL7pl05NzQLIoDoAEZrgjNAAMalSMkwV0RMOC+jPJd6AieAiWuadbmHGPzYIADpFyMLQzGCNvY"
+            "hpU="
+        ),
+        "a4292966ffb0d2b8": (  # segments, 700 -> 29
+            "KLUv/WC8AZ0AAEAAAH8AdQB1AARQAgBt6oOKOAE="
+        ),
+        "dd0d9279f58c2660": (  # segments, 150 -> 117
+            "KLUv/SSWRQMAEgkYHKAZ0hqreARww40KGoDYIe1ozrF8ZO+Lb5F4yxT3X0LdKY3A5kDq56DKGopQdeXsMRb0MXdhTcQWE+miQF87gLIc"
+            "DbVePTkqQuLmvEbSYENFG4FpJiWGYyEGAsgCu/NDAQAC4AKA3wXn"
+        ),
+        "fff68793306da97d": (  # segments, 600 -> 58
+            "KLUv/WBYAYUBAOIBBQrwOf9Odz2JtCZT547/p//HvONxCQAMQOEDUnwO5as8iXchnKsoAAcHj36ADQ=="
+        ),
+        "664201aa09e68981": (  # segments, 600 -> 35
+            "KLUv/WBYAc0AAGAAAD8APwA6AD8APwAGUAIAeGpA/Qx5Ugo="
+        ),
     }.items()
 }

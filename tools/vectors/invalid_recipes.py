@@ -71,7 +71,7 @@ manifest(
 manifest(
     "operand-prediction-wide",
     "operand",
-    "a patch of a wide prediction",
+    "a patch of a wide prediction that is bounded",
     lambda m: m["tensors"]["w"].update(
         recipe={"op": "patch", "prediction": m["tensors"]["w"]["recipe"], "residual": ref("u")}
     ),
@@ -95,7 +95,8 @@ def factors(
 
 add("operand-rank-too-big", "operand", "rank 4 of a 4 x 3 tensor", factors("F32", 4, 3, 4))
 add("operand-rank-zero", "operand", "rank 0", factors("F32", 0, 3, 4))
-add("operand-integer-factors", "operand", "factors that are integers", factors("I8", 2, 3, 4))
+for dtype in ("I64", "U8", "U16", "BOOL"):
+    add(f"operand-{dtype.lower()}-factors", "operand", f"factors of dtype {dtype}", factors(dtype, 2, 3, 4))
 add("operand-small-float-factors", "operand", "factors of 8-bit floats", factors("F8_E4M3", 2, 3, 4))
 add("operand-lowrank-vector", "operand", "a low-rank tensor of one dimension", factors("F32", 1, 1, 4, shape=(4,)))
 add("operand-lowrank-integer", "operand", "a wide recipe for an integer tensor", factors("F32", 2, 3, 4, "I32"))
@@ -119,8 +120,10 @@ add("operand-prediction-shape", "operand", "a prediction of another shape", patc
 add("operand-residual-width", "operand", "a residual of another width", patch_of("BF16", "BF16", "U32"))
 add("operand-residual-signed", "operand", "a residual that is signed", patch_of("BF16", "BF16", "I16"))
 add("operand-residual-shape", "operand", "a residual of another shape", patch_of("BF16", "BF16", "U16", (2, 3)))
-add("operand-prediction-f16", "operand", "an F16 prediction of BF16", patch_of("BF16", "F16", "U16"))
-add("operand-prediction-f64", "operand", "an F64 prediction of BF16", patch_of("BF16", "F64", "U16"))
+add("operand-prediction-f8", "operand", "an 8-bit float prediction of BF16", patch_of("BF16", "F8_E5M2", "U16"))
+add("operand-prediction-of-f8", "operand", "a BF16 prediction of an 8-bit float", patch_of("F8_E4M3", "BF16", "U8"))
+add("operand-prediction-integer", "operand", "a U16 prediction of BF16", patch_of("BF16", "U16", "U16"))
+add("operand-prediction-of-integer", "operand", "an F32 prediction of I32", patch_of("I32", "F32", "U32"))
 add("operand-prediction-unsigned", "operand", "a U16 prediction of I16", patch_of("I16", "U16", "U16"))
 
 

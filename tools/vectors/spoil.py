@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from vectors.corrections import residual
 from vectors.draft import Draft, ref
-from vectors.values import Json, Tensor, bits, combine, numbers, residual, tensor, weights, words
+from vectors.values import Json, Tensor, bits, numbers, tensor, weights, words
 
 # spec/reasons.md: the step of each reason code.
 STEPS = {
@@ -20,7 +21,7 @@ STEPS = {
     **dict.fromkeys(("operand", "cycle", "coverage"), 5),
     **dict.fromkeys(("shard-missing", "shard-size", "shard-header", "shard-layout", "sidecar"), 6),
     **dict.fromkeys(("table", "chunk-checksum", "chunk-size"), 7),
-    **dict.fromkeys(("base-missing", "base-mismatch", "digest", "checkpoint"), 8),
+    **dict.fromkeys(("inexact", "base-missing", "base-mismatch", "digest", "checkpoint"), 8),
 }
 Edit = Callable[[Json], object]
 Path = tuple[str | int, ...]
@@ -83,7 +84,7 @@ def low_rank() -> Draft:
     )
     draft.stored("u", u)
     low = {"op": "lowrank", "a": draft.array("w#lora_a", a), "b": draft.array("w#lora_b", b)}
-    draft.approximate("w", combine("BF16", [4, 3], [u, (a, b, 1.0)]), {"op": "sum", "terms": [ref("u"), low]})
+    draft.approximate("w", "BF16", [4, 3], {"op": "sum", "terms": [ref("u"), low]})
     return draft
 
 

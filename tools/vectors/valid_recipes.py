@@ -7,8 +7,9 @@ from __future__ import annotations
 import json
 
 from vectors.draft import Draft, chain, ref, safetensors
-from vectors.valid import valid
-from vectors.values import WIDTH, Json, Tensor, bits, combine, numbers, residual, rounded, tensor, weights, words
+from vectors.exact import converted
+from vectors.valid import corrected, patched, valid
+from vectors.values import WIDTH, Json, Tensor, bits, numbers, tensor, weights, words
 
 # Bit patterns worth having: zeros, smallest and largest subnormal, 1, largest, infinities, quiet and signalling NaNs.
 QUIET, INFINITE = 0x7FF8 << 48, 0x7FF << 52
@@ -21,16 +22,6 @@ SPECIAL = {
     "BF16": [0, 0x8000, 1, 0x7F, 0x3F80, 0x7F7F, 0x7F80, 0xFF80, 0x7FC1, 0xFF83, 0x7FC0, 0xBF81],
 }  # fmt: skip
 ANY = [0, 0x80, 1, 0x7F, 0x3C, 0x7B, 0x7C, 0xFC, 0x7D, 0xFF, 0x7E, 0xBC]  # for dtypes of one byte
-
-
-def patched(draft: Draft, name: str, target: Tensor, prediction: Tensor, node: Json) -> None:
-    """Add a tensor that is a patch of a prediction which ``node`` gives."""
-    node = {
-        "op": "patch",
-        "prediction": node,
-        "residual": draft.array(f"{name}#residual", residual(target, prediction), "planes", "zstd"),
-    }
-    draft.exact(name, target, node)
 
 
 @valid("tied tensors: references, a chain of them listed backwards, and two tensors that read one array")
@@ -117,47 +108,52 @@ def patch_integers() -> Draft:
     return draft
 
 
-@valid("patch of BF16 and F16 from an F32 prediction: ties to even, overflow, subnormals, NaNs of both signs")
-def patch_from_f32() -> Draft:
+@valid("patch between any two of F64, F32, F16, BF16: ties to even, overflow, subnormals, NaNs of both signs")
+def patch_conversions() -> Draft:
     draft = Draft()
-    edges = [
-        0x3F808000,
-        0x3F818000,
-        0x3F808001,
-        0x3F807FFF,
-        0x7F7F8000,
-        0x7F7F7FFF,
-        0x00008000,
-        0x00018000,
-        0x80000001,
-    ]  # BF16
-    edges += [
-        0x477FEFFF,
-        0x477FF000,
-        0x477FE000,
-        0x33000000,
-        0x33000001,
-        0x33800000,
-        0x33C00000,
-        0x387FDFFF,
-        0x387FF000,
-    ]  # F16
-    edges += [0x3F801000, 0x3F803000, 0x7F800001, 0xFFFFFFFF, 0xFF812345, 0x7FC00000, *SPECIAL["F32"]]
-    source = bits("F32", *edges, *words(weights("narrow", "F32", 30)))
-    draft.with_base({"w": source})
-    for dtype in ("BF16", "F16"):
-        near = rounded(source, dtype)
-        draft.exact(
-            f"{dtype}.rounded",
-            near,
-            {
-                "op": "patch",
-                "prediction": ref("w", "base"),
-                "residual": draft.array(f"{dtype}.zero", bits("U16", *[0] * source.shape[0]), "planes", "zstd"),
-            },
-        )
-        moved = bits(dtype, *((u + i % 5 - 2) & 0xFFFF for i, u in enumerate(words(near))))
-        patched(draft, f"{dtype}.moved", moved, source, ref("w", "base"))
+    edges = {
+        "F32": [
+            *(0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7F8000, 0x7F7F7FFF, 0x00008000, 0x00018000),  # BF16
+            *(0x80000001, 0x477FEFFF, 0x477FF000, 0x477FE000, 0x33000000, 0x33000001, 0x33800000, 0x33C00000),  # F16
+            *(0x387FDFFF, 0x387FF000, 0x3F801000, 0x3F803000, 0x7F800001, 0xFFFFFFFF, 0xFF812345, 0x7FC00000),
+        ],
+        "F64": [
+            *(
+                0x3FF0100000000000,
+                0x3FF0100000000001,
+                0x3FF0300000000000,
+                0x47EFEFFFFFFFFFFF,
+                0x47EFF00000000000,
+            ),  # BF16
+            *(
+                0x3FF0020000000000,
+                0x3FF0020000000001,
+                0x40EFFDFFFFFFFFFF,
+                0x40EFFE0000000000,
+                0x3E60000000000000,
+            ),  # F16
+            *(
+                0x3FF0000010000000,
+                0x3FF0000010000001,
+                0x47EFFFFFEFFFFFFF,
+                0x47EFFFFFF0000000,
+                0x3690000000000000,
+            ),  # F32
+            *(0x3690000000000001, 0x7FF0000000000001, 0xFFF8000000000001, 0x8000000000000001),
+        ],
+        "F16": [0x0001, 0x8200, 0x7D01, 0xFFFF, 0x3C01, 0x3C07],
+        "BF16": [0x0001, 0x8040, 0x7F81, 0xFFFF, 0x3F81, 0x4780, 0x477F, 0x3300, 0x3380],
+    }
+    base = {d: bits(d, *edges[d], *SPECIAL[d], *words(weights("narrow" + d, d, 20))) for d in edges}
+    draft.with_base(base)
+    for source, t in base.items():
+        for dtype in (d for d in base if d != source):
+            corrected(draft, f"{source} to {dtype}", dtype, t.shape, ref(source, "base"), filter_="planes")
+            node = draft.array(
+                f"zero for {source} to {dtype}", bits(f"U{8 * WIDTH[dtype]}", *[0] * t.shape[0]), "planes", "zstd"
+            )
+            prediction = {"op": "patch", "prediction": ref(source, "base"), "residual": node}
+            draft.exact(f"{source} as {dtype}", converted(t, dtype), prediction)
     return draft
 
 
@@ -203,11 +199,9 @@ def lowrank_integers() -> Draft:
     ):
         name, columns = f"{dtype} of {factor}", len(tensor("", "U8", *shape[1:]).data)
         a, b = small_integers(name + "a", factor, 2, columns), small_integers(name + "b", factor, 2, shape[0])
-        recipe = {"op": "lowrank", "a": draft.array(name + "#a", a), "b": draft.array(name + "#b", b)}
-        value = combine(dtype, shape, [(a, b, 1.0 if scale is None else scale)])
-        draft.approximate(
-            name, value, recipe if scale is None else recipe | {"scale": scale}, small_integers(name, dtype, *shape)
-        )
+        recipe: Json = {"op": "lowrank", "a": draft.array(name + "#a", a), "b": draft.array(name + "#b", b)}
+        recipe = recipe if scale is None else recipe | {"scale": scale}
+        draft.approximate(name, dtype, shape, recipe, small_integers(name, dtype, *shape))
     return draft
 
 
@@ -224,8 +218,7 @@ def lowrank_ordered() -> Draft:
         name = f"{dtype} of {factor}"
         a, b = weights(name + "a", factor, 4, 9), weights(name + "b", factor, 4, 6)
         recipe = {"op": "lowrank", "a": draft.array(name + "#a", a), "b": draft.array(name + "#b", b), "scale": scale}
-        value = combine(dtype, [6, 9], [(a, b, scale)])
-        draft.approximate(name, value, recipe)
+        draft.approximate(name, dtype, [6, 9], recipe)
     return draft
 
 
@@ -236,15 +229,14 @@ def sums() -> Draft:
     draft.with_base({"w": w})
     a, b = weights("sum a", "F32", 2, 8), weights("sum b", "F32", 2, 6)
     low: Json = {"op": "lowrank", "a": draft.array("w#lora_a", a), "b": draft.array("w#lora_b", b), "scale": 0.25}
-    fine_tuned = combine("BF16", [6, 8], [w, (a, b, 0.25)])
-    draft.approximate("w", fine_tuned, {"op": "sum", "terms": [ref("w", "base"), low]}, w)
-    draft.approximate("tied", fine_tuned, ref("w"), w)
-    # The nested sum comes first, so that adding in order is the same as adding all three in one list.
+    draft.approximate("w", "BF16", [6, 8], {"op": "sum", "terms": [ref("w", "base"), low]}, w)
+    draft.lossy("tied", draft.tensors["w"], ref("w"), w)
+    draft.bounded["tied"] = draft.bounded["w"]
     nested: Json = {"op": "sum", "terms": [{"op": "sum", "terms": [ref("w", "base"), low]}, draft.array("shift", w)]}
-    draft.approximate("nested", combine("F32", [6, 8], [w, (a, b, 0.25), w]), nested)
+    draft.approximate("nested", "F32", [6, 8], nested)
     doubles = weights("doubles", "F64", 6, 8)
     wide: Json = {"op": "sum", "terms": [draft.array("doubles", doubles), ref("w", "base"), low]}
-    draft.approximate("wide", combine("F16", [6, 8], [doubles, w, (a, b, 0.25)]), wide)
+    draft.approximate("wide", "F16", [6, 8], wide)
     return draft
 
 
@@ -277,7 +269,7 @@ def sum_rounding() -> Draft:
         name = f"{dtype} from {left_dtype}"
         x, y = numbers(left_dtype, [2, 3], left), numbers(left_dtype, [2, 3], right)
         recipe = {"op": "sum", "terms": [draft.array(f"{name}#x", x), draft.array(f"{name}#y", y)]}
-        draft.approximate(name, combine(dtype, [2, 3], [x, y]), recipe)
+        draft.computed(name, dtype, [2, 3], recipe)
     return draft
 
 

@@ -1,0 +1,246 @@
+"""Filter `segments`: runs of alike elements, several small symbols to a byte (spec/encodings/segments.md).
+
+A Huffman coder spends at least one bit on a symbol. Packed by four or eight, symbols of far less than a bit can be
+coded by it; and each segment has its own code table, so that what is known of its elements beforehand is not paid for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..dtypes import Bits
+from ..errors import MalformedError
+from ..scratch import scratch
+from . import zstd
+from .planes import Plane
+
+SLACK = 64
+"""A chunk is at most this many bytes longer than its elements."""
+
+_MOST = 65_536  # segments of a chunk
+_LOW_BITS = (1, 2, 4, 8)
+_SAMPLE = 4096  # elements that are coded in every way to find the best: the tables of the others are lost on them
+_WORD = np.dtype("<u4")
+
+
+class _Segment(NamedTuple):
+    """One segment as the directory has it."""
+
+    elements: int
+    low_bits: int
+    stored: list[int]  # of each plane
+
+    def plane_size(self, index: int) -> int:
+        return -(-self.elements * self.low_bits // 8) if index == 0 else self.elements
+
+
+# Writing
+
+
+def encode(bits: Bits, signed: bool, lengths: Sequence[int], low_bits: Sequence[int] | None = None) -> bytes:
+    """One chunk.
+
+    Args:
+        bits: `[m]` elements as unsigned integers of their width.
+        signed: whether they stand for signed integers.
+        lengths: elements of each segment; their sum is `m`. Empty ones are left out.
+        low_bits: of each segment, what `best_low_bits` found for elements like these; 0 where it is not known.
+    """
+    values = _fold(bits) if signed else bits
+    chunk = _encode(values, lengths, low_bits or [0] * len(lengths))
+    return chunk if len(chunk) <= bits.nbytes + SLACK else _encode(values, [values.size], [8])
+
+
+def best_low_bits(chunks: Sequence[tuple[Bits, Sequence[int]]], signed: bool, effort: int) -> list[int]:
+    """For each segment the number of low bits that suits it best in some chunks; 0 if it is all zeros.
+
+    Args:
+        chunks: `bits` and `lengths` of each, as in `encode`.
+        signed: as in `encode`.
+        effort: how much larger a part of each segment to look at than `encode` does.
+    """
+    cut = [np.split(_fold(bits) if signed else bits, list(accumulate(lengths))[:-1]) for bits, lengths in chunks]
+    return [_best_low_bits(np.concatenate(alike), effort) for alike in zip(*cut, strict=True)]
+
+
+def _encode(values: Bits, lengths: Sequence[int], low_bits: Sequence[int]) -> bytes:
+    directory: list[int] = []
+    data: list[Any] = []
+    begin = 0
+    for count, bits in zip(lengths, low_bits, strict=True):
+        if count > 0:
+            segment, planes = _encode_segment(values[begin : begin + count], bits)
+            directory += segment.elements, segment.low_bits + 256 * len(segment.stored), *segment.stored
+            data += planes
+            begin += count
+    words = np.array([sum(count > 0 for count in lengths), *directory], _WORD)
+    return b"".join([words.tobytes(), *data])
+
+
+def _encode_segment(values: Bits, low_bits: int) -> tuple[_Segment, list[Any]]:
+    if values.max() == 0:
+        return _Segment(values.size, 1, []), []
+    low_bits = low_bits or _best_low_bits(values)
+    planes = [_stored(plane) for plane in _planes(values, low_bits)]
+    return _Segment(values.size, low_bits, [len(plane) for plane in planes]), planes
+
+
+def _best_low_bits(values: Bits, effort: int = 1) -> int:
+    """The number of low bits that suits a sample best; 0 if there are only zeros."""
+    if values.size == 0:
+        return 0
+    sample = np.ascontiguousarray(values[:: max(values.size // (effort * _SAMPLE), 1)])
+    few = 2 * np.count_nonzero(sample) < sample.size
+    if few and values.max() == 0:
+        return 0
+    # Of many that are not zero, the lowest bit by itself is as good as random.
+    ways = _LOW_BITS if few or sample.max() == 1 else _LOW_BITS[1:]
+    sizes = {bits: sum(len(zstd.compress(plane)) for plane in _planes(sample, bits)) for bits in ways}
+    return min(sizes, key=sizes.__getitem__)
+
+
+def _planes(values: Bits, low_bits: int) -> Iterator[Plane]:
+    """The planes of one segment that is not all zeros, each valid until the next is asked for."""
+    least = scratch("segment plane", np.uint8, -(-values.size // 8) * 8)
+    plane = least[: values.size]
+    np.copyto(plane, values, casting="unsafe")
+    if low_bits < 8:
+        np.bitwise_and(plane, (1 << low_bits) - 1, out=plane)
+        least[values.size :] = 0
+        yield _pack(least, low_bits)[: -(-values.size * low_bits // 8)]
+    else:
+        yield plane
+    shifted = scratch("segment shifted", values.dtype, values.size)
+    for shift in range(low_bits, int(values.max()).bit_length(), 8):
+        np.right_shift(values, shift, out=shifted)
+        np.copyto(plane, shifted, casting="unsafe")
+        yield plane
+
+
+def _pack(symbols: Plane, bits: int) -> Plane:
+    """Symbols of 1, 2 or 4 bits, the first in the lowest bits of a byte; a multiple of 8 of them."""
+    if bits == 1:
+        return np.packbits(symbols, bitorder="little")
+    words = symbols.view(f"<u{8 // bits}")
+    packed = words.copy()
+    for place in range(1, 8 // bits):
+        packed |= words >> (place * (8 - bits))
+    return packed.astype(np.uint8)
+
+
+def _stored(plane: Plane) -> Any:
+    """The stored plane, in memory of its own."""
+    stored = zstd.compress(plane)
+    return stored.tobytes() if isinstance(stored, np.ndarray) else stored
+
+
+def _fold(bits: Bits) -> Bits:
+    """Signed integers as 0, -1, 1, -2, ... -> 0, 1, 2, 3, ..."""
+    sign = bits.view(f"i{bits.itemsize}") >> (8 * bits.itemsize - 1)
+    folded: Bits = (bits << 1) ^ sign.view(bits.dtype)
+    return folded
+
+
+# Reading
+
+
+def decode(stored: Plane, signed: bool, out: Bits, where: str) -> None:
+    """Undo `encode`: one chunk into `out`, `[m]` elements. Raises `MalformedError` (reason `chunk-size`)."""
+    segments, position = _directory(stored, out, where)
+    least = scratch("segment low bits", np.uint8, out.size)
+    begin = 0
+    high: list[tuple[int, int, int, Plane]] = []
+    for segment in segments:
+        end = begin + segment.elements
+        if not segment.stored:
+            least[begin:end] = 0
+        for index, length in enumerate(segment.stored):
+            size = segment.plane_size(index)
+            plane = zstd.decompress(stored[position : position + length], size, where)
+            position += length
+            if index == 0:
+                _unpack(plane, segment.low_bits, least[begin:end], where)
+            else:
+                high.append((begin, end, segment.low_bits + 8 * (index - 1), plane))
+        begin = end
+    np.copyto(out, least)
+    for begin, end, shift, plane in high:
+        _raise(plane, shift, out[begin:end], where)
+    if signed:
+        _unfold(out)
+
+
+def _directory(stored: Plane, out: Bits, where: str) -> tuple[list[_Segment], int]:
+    """The segments, and where their planes begin. All sizes are checked here, before anything is made of them."""
+    whole = stored[: stored.size // 4 * 4].view(_WORD)
+    left = int(whole[0]) if whole.size and whole[0] <= _MOST else -1
+    words = whole[: 1 + max(left, 0) * (3 + out.itemsize)].tolist()
+    segments: list[_Segment] = []
+    elements = planes = 0
+    position = 1
+    while left > 0 and position + 2 <= len(words):
+        count, kind = words[position : position + 2]
+        number, low_bits = kind >> 8, kind & 0xFF
+        sizes = words[position + 2 : position + 2 + number] if number <= out.itemsize + 1 else []
+        if low_bits not in _LOW_BITS or len(sizes) != number or (number == 0 and low_bits != 1):
+            break
+        segments.append(_Segment(count, low_bits, sizes))
+        elements, planes, position = elements + count, planes + sum(sizes), position + 2 + number
+        left = left - 1 if count > 0 and elements <= out.size else -1
+    if left != 0:
+        raise _bad(where, "a directory of segments that makes no sense")
+    if elements != out.size:
+        raise _bad(where, "segments of other elements in all", out.size, elements)
+    if 4 * position + planes != stored.size:
+        raise _bad(where, "segments of another length in all", stored.size, 4 * position + planes)
+    return segments, 4 * position
+
+
+def _unpack(packed: Plane, bits: int, out: Plane, where: str) -> None:
+    """Undo `_pack`, and check that the bits left over are 0."""
+    used = out.size * bits % 8
+    if used and packed[-1] >> used:
+        raise _bad(where, "bits behind the last symbol of a segment")
+    if bits == 8:
+        np.copyto(out, packed)
+    elif bits == 1:
+        np.copyto(out, np.unpackbits(packed, count=out.size, bitorder="little"))
+    else:
+        words = packed.astype(f"<u{8 // bits}")
+        if bits == 2:
+            words |= words << 12
+            words &= 0x000F000F
+            words |= words << 6
+            words &= 0x03030303
+        else:
+            words |= words << 4
+            words &= 0x0F0F
+        np.copyto(out, words.view(np.uint8)[: out.size])
+
+
+def _raise(plane: Plane, shift: int, out: Bits, where: str) -> None:
+    """Put one byte of each element where it belongs, and check that none has bits beyond the width."""
+    room = 8 * out.itemsize - shift
+    if room < 8 and plane.max() >> room:
+        raise _bad(where, "an element of a segment that is too large")
+    if room > 0:
+        wide = scratch("segment raised", out.dtype, out.size)
+        np.copyto(wide, plane)
+        np.left_shift(wide, shift, out=wide)
+        np.bitwise_or(out, wide, out=out)
+
+
+def _unfold(out: Bits) -> None:
+    low = scratch("segment sign", out.dtype, out.size)
+    np.bitwise_and(out, 1, out=low)
+    np.negative(low, out=low)
+    np.right_shift(out, 1, out=out)
+    np.bitwise_xor(out, low, out=out)
+
+
+def _bad(where: str, what: str, expected: object = None, found: object = None) -> MalformedError:
+    return MalformedError(what, where=where, expected=expected, found=found, reason="chunk-size")

@@ -1,0 +1,163 @@
+"""Weights that are other weights times numbers: rows that only decayed, and mixtures of models.
+
+Both are read off exactly where they are what happened: a rounded weight confines its unrounded value to an interval
+(`intervals`), so each weight of a row confines the number that the row was multiplied by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ..dtypes import Bits, Dtype, widen
+from .intervals import Wide, interval
+from .svd import Factors, truncated_svd
+
+_BLOCK_ELEMENTS = 1 << 18
+_FINEST = 1 / 64  # numbers near zero are no better known than this share of a typical last place
+_SHORTEST_ROW = 8  # fewer elements fit some number by chance
+_PROBE = 64  # columns that tell whether a row needs a closer look
+_FIRST_PROBE = 8  # and that tell of most rows that they do not
+_ENOUGH = 1 / 16  # of the rows; a row that hardly changed may fit a number by chance
+_CHANCE = 4  # times as much as chance would explain
+_TURNS = 3
+_TYPICAL_RANK = 64
+
+Float64 = npt.NDArray[np.float64]
+
+
+def row_scales(base: Wide, bits: Bits, dtype: Dtype) -> Float64 | None:
+    """A number for each row of `base` such that the products round to `bits`, or 1 where there is none.
+
+    Where many rows share a number (a weight decay), they get the same one.
+
+    Args:
+        base: `[rows, columns]`, finite.
+        bits: `[rows, columns]`, finite numbers of `dtype` (BF16, F16, F32).
+
+    Returns:
+        float64 `[rows]`; None if every row is 1.
+    """
+    low, high = _probed(base, bits, dtype)
+    likely = np.flatnonzero(_is_scaled(low, high))
+    step = max(1, _BLOCK_ELEMENTS // base.shape[1])
+    for rows in np.split(likely, range(step, len(likely), step)):
+        low[rows], high[rows] = _quotients(base[rows], bits[rows], dtype)
+    explained = _is_scaled(low, high)
+    if not explained.any():
+        return None
+    middles = (low + high) / 2
+    shared = float(np.median(middles[explained]))
+    middles[(low <= shared) & (shared <= high)] = shared
+    return np.where(explained, middles, 1.0)
+
+
+def are_rows_scaled(base: Wide, bits: Bits, dtype: Dtype) -> bool:
+    """Whether enough of these rows seem to have been multiplied by a number, by a few of their columns."""
+    low, high = _probed(base, bits, dtype, _FIRST_PROBE)
+    likely = np.flatnonzero(low <= high)
+    scaled = _is_scaled(*_probed(base[likely], bits[likely], dtype)) if len(likely) else likely
+    return bool(np.count_nonzero(scaled) > _ENOUGH * len(base))
+
+
+def _probed(base: Wide, bits: Bits, dtype: Dtype, columns: int = _PROBE) -> tuple[Float64, Float64]:
+    if base.shape[1] < _SHORTEST_ROW:
+        return np.ones(len(base)), np.ones(len(base))
+    probe = np.linspace(0, base.shape[1] - 1, min(columns, base.shape[1])).astype(np.intp)
+    return _quotients(base[:, probe], bits[:, probe], dtype)
+
+
+def _is_scaled(low: Float64, high: Float64) -> npt.NDArray[np.bool_]:
+    return (low <= high) & ~((low <= 1) & (high >= 1))
+
+
+def magnitudes(base: Wide, changed: Wide) -> Float64:
+    """The number that each row of `base` was multiplied by before, or after, a low-rank matrix was added to it.
+
+    Least squares for the rows and a truncated decomposition of what they leave, in turns.
+
+    Args:
+        base, changed: `[rows, columns]`, finite.
+
+    Returns:
+        float64 `[rows]`.
+    """
+    own = _row_products(base, base)
+    difference = np.subtract(changed, base, dtype=base.dtype)
+    slopes = _share(_row_products(difference, base), own)
+    for _ in range(_TURNS):
+        rest = np.asarray(difference - slopes[:, None] * base, np.float32)
+        low = truncated_svd(rest, _TYPICAL_RANK)
+        slopes = _share(_row_products(difference, base) - _low_products(low, base), own)
+    return 1 + slopes
+
+
+def have_magnitudes(base: Wide, changed: Wide) -> bool:
+    """Whether multiples of the rows explain more of the difference than the one part in `columns` that chance does."""
+    difference = np.subtract(changed, base, dtype=base.dtype)
+    own = _row_products(base, base)
+    explained = _share(_row_products(difference, base), own) ** 2 @ own
+    return bool(explained * base.shape[1] > _CHANCE * float(_row_products(difference, difference).sum()))
+
+
+def _low_products(low: Factors, base: Wide) -> Float64:
+    """The inner product of each row of a low-rank matrix with that of `base`."""
+    return np.asarray(np.einsum("ko,ok->o", low.b.astype(np.float64), base @ low.a.T.astype(base.dtype)))
+
+
+def _row_products(one: Wide, other: Wide) -> Float64:
+    products = np.empty(len(one))
+    for rows in _row_blocks(one.shape):
+        products[rows] = np.einsum("oi,oi->o", one[rows].astype(np.float64), other[rows].astype(np.float64))
+    return products
+
+
+def _share(products: Float64, own: Float64) -> Float64:
+    shares: Float64 = np.divide(products, own, out=np.zeros_like(products), where=own > 0)
+    return shares
+
+
+def _quotients(base: Wide, bits: Bits, dtype: Dtype) -> tuple[Float64, Float64]:
+    """For each row the interval of numbers `c` with `c * base` in the intervals of `bits`; empty if low > high."""
+    low, high = (bound.astype(np.float64) for bound in interval(bits, dtype))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        one, other = low / base, high / base
+    zero = base == 0  # says nothing, unless the result is not zero
+    impossible = (zero & ~((low <= 0) & (high >= 0))).any(axis=1)
+    least = np.where(zero, -np.inf, np.minimum(one, other)).max(axis=1)
+    most = np.where(zero, np.inf, np.maximum(one, other)).min(axis=1)
+    impossible |= ~np.isfinite(least) | ~np.isfinite(most)
+    return np.where(impossible, 1.0, least), np.where(impossible, 0.0, most)
+
+
+def mixture(parts: Sequence[Wide], bits: Bits, dtype: Dtype) -> Float64:
+    """The numbers whose products with `parts` add up to `bits` best, errors measured in units of their last place.
+
+    Weighted least squares by the normal equations. Averages, SLERP and task arithmetic are such mixtures, with other
+    numbers for each tensor.
+
+    Args:
+        parts: two or more arrays `[m]`, finite.
+        bits: `[m]`, finite numbers of `dtype` (BF16, F16, F32).
+
+    Returns:
+        float64 `[len(parts)]`.
+    """
+    typical = np.abs(widen(bits[:_BLOCK_ELEMENTS], dtype, np.dtype("f4"))).mean(dtype=np.float64)
+    finest = _FINEST * max(float(typical), float(np.finfo(np.float32).tiny)) * 2.0**-dtype.mantissa_bits
+    gram, right = np.zeros((len(parts), len(parts))), np.zeros(len(parts))
+    for begin in range(0, bits.size, _BLOCK_ELEMENTS):
+        block = slice(begin, begin + _BLOCK_ELEMENTS)
+        low, high = (bound.astype(np.float64) for bound in interval(bits[block], dtype))
+        weight = 1 / np.maximum(high - low, finest)
+        columns = np.stack([part[block] for part in parts]) * weight
+        gram += columns @ columns.T
+        right += columns @ ((low + high) / 2 * weight)
+    return np.asarray(np.linalg.lstsq(gram, right, rcond=None)[0], np.float64)
+
+
+def _row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    step = max(1, _BLOCK_ELEMENTS // shape[1])
+    return (slice(begin, begin + step) for begin in range(0, shape[0], step))

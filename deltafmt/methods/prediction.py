@@ -1,0 +1,188 @@
+"""What a `patch` corrects: a recipe over base tensors and arrays of its own, and the values that a reader will get."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..digests import digest
+from ..dtypes import Bits, Dtype, Shape
+from ..encodings import Encoding, compressed, encode_chunk, integers
+from ..gemm import round_wide
+from ..operators import Facts, Operator, Ref, Rows, Stored, Target, Value
+from ..operators.base import Read
+from ..operators.groups import Groups, Keys, Up, exponents, margins
+from ..operators.patch import cast, difference
+from ..scratch import borrowed, scratch
+from ..writer import ArchiveWriter
+from .grouping import exponent_bounds, margin_bounds
+
+_ENTRY_BYTES = 450  # what an array takes in manifest and shard header
+_SAMPLE = 1 << 16  # elements that the bounds of groups are chosen by
+_FEWEST = 4096  # elements in a chunk; fewer are not worth groups
+
+
+class Elements(NamedTuple):
+    """A tensor or stored array in memory: `bits` are flat."""
+
+    dtype: Dtype
+    shape: Shape
+    bits: Bits
+
+
+class Prediction(ABC):
+    """Something close to a tensor, known to a reader before it reads the residual."""
+
+    own_bytes: int = 0
+    """What the arrays that it needs take in an archive, beside the residual."""
+
+    @abstractmethod
+    def predicted(self, lo: int, hi: int, dtype: Dtype, groups: Groups | None) -> tuple[Bits, Keys | None, Up | None]:
+        """The prediction of elements `[lo, hi)` in `dtype`, with what `groups` needs of it; valid until asked again."""
+
+    @abstractmethod
+    def groups(self, bits: Bits, dtype: Dtype, chunk: int) -> Groups | None:
+        """How residuals are best grouped; None if they are not.
+
+        Args:
+            bits: the tensor that is predicted.
+            dtype: its dtype.
+            chunk: elements per chunk of the residual.
+        """
+
+    @abstractmethod
+    def write(self, name: str, writer: ArchiveWriter) -> Operator:
+        """Add the arrays it needs to the archive, for the tensor `name`; return the recipe."""
+
+
+@dataclass(frozen=True, eq=False)
+class Referred(Prediction):
+    """A base tensor of the same shape, or its rows where there are more or fewer of them."""
+
+    ref: Ref
+    dtype: Dtype
+    bits: Bits
+    resized: bool = False
+
+    def predicted(self, lo: int, hi: int, dtype: Dtype, groups: Groups | None) -> tuple[Bits, Keys | None, Up | None]:
+        bits = cast(self.bits[lo:hi], self.dtype, dtype)
+        return bits, None if groups is None else exponents(bits, dtype), None
+
+    def groups(self, bits: Bits, dtype: Dtype, chunk: int) -> Groups | None:
+        """By exponent: on it depends how many last places a change of some size is."""
+        count = min(chunk, self.bits.size)
+        if not dtype.is_float or count < _FEWEST:
+            return None
+        step = max(2 * bits.size // _SAMPLE, 1)
+        predicted = cast(np.ascontiguousarray(self.bits[::step]), self.dtype, dtype)
+        residuals = difference(np.ascontiguousarray(bits[::step]), predicted, dtype)
+        bounds = exponent_bounds(exponents(predicted, dtype), residuals, count)
+        return Groups("exponent", bounds) if bounds else None
+
+    def write(self, name: str, writer: ArchiveWriter) -> Operator:
+        return Rows(self.ref) if self.resized else self.ref
+
+
+class Computed(Prediction):
+    """A wide recipe over base tensors and arrays of its own, evaluated by the operators that a reader evaluates.
+
+    Args:
+        target: the tensor that is predicted.
+        tensors: the base tensors that the recipe refers to.
+        arrays: the arrays that it needs, by role: what their names add to the tensor's.
+        recipe: makes the recipe, given the node of each role.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        tensors: Mapping[Ref, Elements],
+        arrays: Mapping[str, Elements],
+        recipe: Callable[[Mapping[str, Operator]], Operator],
+    ) -> None:
+        self._target, self._arrays, self._recipe = target, arrays, recipe
+        memory = _Memory(tensors, arrays)
+        self._value: Value = recipe({role: Stored(role) for role in arrays}).bind(memory, memory, target)
+
+    @cached_property
+    def own_bytes(self) -> int:  # type: ignore[override]
+        return len(self._arrays) * _ENTRY_BYTES + sum(
+            8 * _encoding(array).table_words(array.dtype, array.bits.size)
+            + sum(memoryview(plane).nbytes for chunk in _chunks(array) for plane in chunk)
+            for array in self._arrays.values()
+        )
+
+    def predicted(self, lo: int, hi: int, dtype: Dtype, groups: Groups | None) -> tuple[Bits, Keys | None, Up | None]:
+        bits = scratch("predicted", dtype.bits, hi - lo)
+        with borrowed(self._target.accumulator, hi - lo) as values:
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                self._value.accumulate(lo, hi, values, first=True)
+            round_wide(values, dtype, bits)
+            return (bits, None, None) if groups is None else (bits, *margins(values, dtype))
+
+    def groups(self, bits: Bits, dtype: Dtype, chunk: int) -> Groups | None:
+        """By margin: as many as pay, by the misses in a sample."""
+        size = min(_SAMPLE // self._target.row * self._target.row or self._target.row, bits.size)
+        begin = (bits.size - size) // 2 // self._target.row * self._target.row
+        predicted, keys, _ = self.predicted(begin, begin + size, dtype, Groups("margin", (1,)))
+        assert keys is not None
+        bounds = margin_bounds(keys, predicted != bits[begin : begin + size], min(chunk, bits.size))
+        return Groups("margin", bounds) if bounds else None
+
+    def write(self, name: str, writer: ArchiveWriter) -> Operator:
+        return self._recipe(
+            {role: Stored(_write(f"{name}#{role}", each, writer)) for role, each in self._arrays.items()}
+        )
+
+
+def _write(wanted: str, array: Elements, writer: ArchiveWriter) -> str:
+    chunks = _chunks(array)
+    return writer.add_array(wanted, array.dtype, array.shape, _encoding(array), chunks, lambda: digest(array.bits))
+
+
+def _encoding(array: Elements) -> Encoding:
+    return (compressed if array.dtype.is_float else integers)(array.dtype, array.shape)
+
+
+def _chunks(array: Elements) -> list[list[Any]]:
+    encoding = _encoding(array)
+    begins = range(0, array.bits.size, encoding.chunk)
+    return [encode_chunk(array.bits[begin : begin + encoding.chunk], encoding) for begin in begins]
+
+
+class _Memory:
+    """Arrays and base tensors in memory: what a recipe is bound to before there is an archive."""
+
+    def __init__(self, tensors: Mapping[Ref, Elements], arrays: Mapping[str, Elements]) -> None:
+        self._tensors, self._arrays = tensors, arrays
+
+    def array(self, name: str) -> Facts | None:
+        return _facts(self._arrays[name])
+
+    def tensor(self, name: str) -> Facts | None:
+        return _facts(self._tensors[Ref(name)])
+
+    def base_tensor(self, base: str, name: str) -> Facts | None:
+        return _facts(self._tensors[Ref(name, base)])
+
+    def array_reader(self, name: str) -> Read:
+        return _reader(self._arrays[name])
+
+    def tensor_reader(self, name: str) -> Read:
+        return _reader(self._tensors[Ref(name)])
+
+    def base_reader(self, base: str, name: str) -> Read:
+        return _reader(self._tensors[Ref(name, base)])
+
+
+def _facts(elements: Elements) -> Facts:
+    return Facts(elements.dtype, elements.shape, exact=True)
+
+
+def _reader(elements: Elements) -> Read:
+    return lambda lo, hi, out: np.copyto(out, elements.bits[lo:hi])

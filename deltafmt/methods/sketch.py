@@ -1,0 +1,54 @@
+"""A cheap look at a small part of a tensor: whether it is worth looking for what a merge left."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ..dtypes import Bits, Dtype, widen
+from ..gemm import alone
+from .intervals import Wide
+
+_SIDE, _LARGE_SIDE = 192, 256  # of the part looked at, in a matrix of fewer elements and of more than
+_LARGE = 1 << 20
+_COMPONENTS = 2  # one in so many components of the part may be signal; the others must be noise
+_TOLERANCE = 2.4  # times as much noise as rounding makes there may be: what was rounded twice has twice as much
+_PRODUCT = 2.0**-46  # the squared relative error of a sum of products in float32
+
+Index = npt.NDArray[np.intp]
+
+
+def spread(length: int, count: int) -> Index:
+    """`count` places of `length`, or all, evenly spread but for no period."""
+    places = np.random.default_rng(length).permutation(length)[:count]
+    return np.sort(places)
+
+
+def leaves_noise(base: Wide, bits: Bits, dtype: Dtype) -> bool:
+    """Whether few components of the difference leave no more than rounding does.
+
+    The squared singular values of rounding noise add up to its energy; with the larger half of the components taken
+    away, at most a quarter of it is left. A difference of full rank, as training all weights makes, leaves more: of one
+    that is noise alone, a tenth. Of a change that is no larger than rounding noise this says nothing: then it may be.
+
+    Args:
+        base: `[rows, columns]`; if not finite, it does not.
+        bits: `[rows, columns]`, finite numbers of `dtype`.
+    """
+    side = _SIDE if bits.size < _LARGE else _LARGE_SIDE
+    part = np.ix_(*(spread(length, side) for length in bits.shape))
+    stored = widen(bits[part], dtype, np.dtype("f8"))
+    difference = stored - base[part]
+    total = float(np.sum(np.square(difference)))
+    ulps = np.ldexp(1.0, np.frexp(stored)[1] - 1 - dtype.mantissa_bits)
+    noise = float(np.sum(np.square(ulps))) / 12 + _PRODUCT * total
+    if not np.isfinite(total):
+        return False
+    if total <= noise:
+        return total > 0  # weights that start on the grid do not move at all if they move by less than half a step
+    short = difference if difference.shape[0] <= difference.shape[1] else difference.T
+    with alone():
+        energies = np.linalg.eigvalsh(short @ short.T)  # ascending
+    kept = len(energies) - len(energies) // _COMPONENTS
+    left = float(energies[:kept].sum())
+    return left <= _TOLERANCE * noise * (1 - 1 / _COMPONENTS) ** 2

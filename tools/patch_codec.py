@@ -1,0 +1,126 @@
+"""The codec of fine-tunes by itself: tensors and their bases in memory to stored bytes in memory, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deltafmt.dtypes import DTYPES, Shape
+from deltafmt.encodings import decode_chunk
+from deltafmt.methods.lossless import Coding, candidates, smallest
+from deltafmt.methods.prediction import Elements, Referred
+from deltafmt.operators import Facts, Operator, Patch, Ref, Stored, Target, Value
+from deltafmt.operators.base import Read
+from plain_checkpoint import Array
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tensor of a fine-tune and its base, flat, as unsigned integers."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    bits: Array
+    base: Array
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tensor as it is stored: per chunk the bytes of its planes."""
+
+    tuned: Tuned
+    coding: Coding
+    chunks: list[list[Any]]
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes, chunk table included."""
+        table = 8 * self.coding.encoding.table_words(self.coding.array_dtype, self.coding.bits.size)
+        return table + sum(memoryview(plane).nbytes for planes in self.chunks for plane in planes)
+
+    def value(self) -> Value:
+        """What rebuilds the tensor, a chunk at a time."""
+        coding, dtype = self.coding, DTYPES[self.tuned.dtype]
+        recipe: Operator = Stored("residual")
+        if coding.prediction is not None:
+            assert isinstance(coding.prediction, Referred)
+            recipe = Patch(coding.prediction.ref, recipe, coding.groups)
+        memory = _Memory(self)
+        return recipe.bind(memory, memory, Target(self.tuned.name, dtype, self.tuned.shape, np.dtype(np.float32)))
+
+
+class _Memory:
+    """Where a recipe finds its one stored array and its one base tensor."""
+
+    def __init__(self, encoded: Encoded) -> None:
+        self._tuned, self._coding = encoded.tuned, encoded.coding
+        # As they come from a file: the planes of a chunk in one piece, and where each ends in it.
+        self._chunks = [
+            (
+                np.frombuffer(b"".join(planes), np.uint8),
+                np.cumsum([len(memoryview(plane)) for plane in planes]).tolist(),
+            )
+            for planes in encoded.chunks
+        ]
+
+    def array(self, name: str) -> Facts | None:
+        return Facts(self._coding.array_dtype, self._tuned.shape, exact=True, chunk=self._coding.encoding.chunk)
+
+    def tensor(self, name: str) -> Facts | None:
+        return None
+
+    def base_tensor(self, base: str, name: str) -> Facts | None:
+        return Facts(DTYPES[self._tuned.dtype], self._tuned.shape, exact=True)
+
+    def array_reader(self, name: str) -> Read:
+        def read(lo: int, hi: int, out: Array) -> None:
+            # Only whole chunks are asked for.
+            stored, ends = self._chunks[lo // self._coding.encoding.chunk]
+            decode_chunk(stored, ends, self._coding.encoding, out, self._tuned.name)
+
+        return read
+
+    def tensor_reader(self, name: str) -> Read:
+        raise KeyError(name)
+
+    def base_reader(self, base: str, name: str) -> Read:
+        return lambda lo, hi, out: np.copyto(out, self._tuned.base[lo:hi])
+
+
+def encode(tensors: Sequence[Tuned], pool: ThreadPoolExecutor) -> list[Encoded]:
+    """Choose a coding for each tensor and encode its chunks, as `pack` does; the search for a merge is left out."""
+
+    def coding(tuned: Tuned) -> Coding:
+        dtype = DTYPES[tuned.dtype]
+        base = Referred(Ref(tuned.name, "base"), dtype, tuned.base)
+        return smallest(candidates(Elements(dtype, tuned.shape, tuned.bits), [base]))
+
+    codings = list(pool.map(coding, tensors))
+    chunks = [pool.map(coding.chunk, range(coding.chunks)) for coding in codings]
+    return [
+        Encoded(tuned, coding, [planes for _, planes in found])
+        for tuned, coding, found in zip(tensors, codings, chunks, strict=True)
+    ]
+
+
+def decode(encoded: Sequence[Encoded], pool: ThreadPoolExecutor) -> list[Array]:
+    """The way back, into fresh memory."""
+    outs = [np.empty_like(each.tuned.bits) for each in encoded]
+    jobs = [
+        (value, begin, min(begin + each.coding.encoding.chunk, out.size), out)
+        for each, out in zip(encoded, outs, strict=True)
+        for value in [each.value()]
+        for begin in range(0, out.size, each.coding.encoding.chunk)
+    ]
+
+    def rebuild(job: tuple[Value, int, int, Array]) -> None:
+        value, lo, hi, out = job
+        value.bits(lo, hi, out[lo:hi])
+
+    list(pool.map(rebuild, jobs))
+    return outs
