@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..dtypes import Bits
-from ..operators.groups import FEW, LARGEST_BOUND, MOST_BOUNDS, Keys
+from ..operators.groups import LARGEST_BOUND, MOST_BOUNDS, Keys
 
 _GROUP_BYTES = 40  # what one more group takes in a chunk: its part of the directory, frames and code tables
-_TIME_BYTES = 1 / 1000  # for each element: what one of few groups has to save, as a reader has to search for it
+_TIME_BYTES = 1 / 600  # for each element: what a group has to save, as a reader has to search for it
 _ZERO = 253  # one less than the top 10 bits of 1.0 as a float32
 _LEARNT = 0.72  # bits: by so much each frequency that is learnt from a sample makes its entropy too small (Miller 1955)
 
@@ -41,8 +41,7 @@ def exponent_bounds(keys: Keys, residuals: Bits, elements: int) -> tuple[int, ..
         return np.asarray(_weighted(inside.sum(axis=1)) - _weighted(inside).sum(axis=1) + learnt)
 
     costs = [elements / keys.size / 8 * bits(end) for end in range(1, len(values) + 1)]
-    few = _cheapest(values, costs, _GROUP_BYTES + _TIME_BYTES * elements)
-    return few if len(few) < FEW else _cheapest(values, costs, _GROUP_BYTES)  # many are sorted, whatever their number
+    return _cheapest(values, costs, _GROUP_BYTES + _TIME_BYTES * elements)
 
 
 def margin_bounds(keys: Keys, missed: npt.NDArray[np.bool_], elements: int) -> tuple[int, ...]:

@@ -20,8 +20,7 @@ from .base import Wide
 KINDS = ("exponent", "margin")
 MOST_BOUNDS = 255
 LARGEST_BOUND = 2047
-FEW = 6
-"""Groups of which it is faster to search for one after the other."""
+_FEW = 8  # bounds up to which it is faster to search for one group after the other
 _MANTISSA_BITS = {4: 23, 8: 52}  # of float32 and float64
 
 Keys = npt.NDArray[Any]  # uint8 or uint16
@@ -99,7 +98,7 @@ def exponents(bits: Bits, dtype: Dtype) -> Keys:
 
 
 def _places(keys: Keys, bounds: Sequence[int]) -> Iterator[Index]:
-    if len(bounds) < FEW:
+    if len(bounds) < _FEW:
         for members in _members(keys, bounds):
             yield np.flatnonzero(members)
     else:
