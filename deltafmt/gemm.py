@@ -19,6 +19,7 @@ import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from .dtypes import DTYPES, Bits, Dtype, round_to, widen
+from .errors import UnsupportedError
 from .scratch import scratch
 
 _ONE_AT_A_TIME = threading.RLock()
@@ -98,6 +99,18 @@ def _torch_rounds_to_bf16() -> bool:
     return bool(np.array_equal(rounded, round_to(probe, DTYPES["BF16"])))
 
 
+def check_subnormals() -> None:
+    """Raise `UnsupportedError` where this thread flushes subnormal numbers to zero: exact values would be others."""
+    if _LEAST_NORMAL * np.float32(0.5) == 0:
+        raise UnsupportedError(
+            "this process flushes subnormal numbers to zero, and values would be wrong",
+            hint="Switch that off, in torch with torch.set_flush_denormal(False)",
+        )
+
+
+_LEAST_NORMAL = np.finfo(np.float32).tiny
+
+
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
     """Have numpy's BLAS and torch use one thread for each of ours: a pool of ours keeps every core busy already.
@@ -107,7 +120,7 @@ def one_thread_each() -> Iterator[None]:
     with _SETTING:
         if _THREADS.inside == 0:
             _THREADS.blas = threadpool_limits(1, user_api="blas")
-            if "torch" in sys.modules:
+            if hasattr(sys.modules.get("torch"), "set_num_threads"):  # else it is being imported: see installed_torch
                 _limit_torch()
         _THREADS.inside += 1
     try:

@@ -16,7 +16,7 @@ from .digests import digest
 from .dtypes import Bits
 from .durable import DryRun, Staging
 from .errors import UsageError
-from .gemm import one_thread_each
+from .gemm import check_subnormals, one_thread_each
 from .limits import DEFAULT_LIMITS, Limits
 from .manifest import Base, BaseTensor, Manifest, Tensor
 from .methods.lossless import Coding, choose
@@ -99,7 +99,9 @@ def pack(
         UsageError: `dst` exists, a base is given twice, or the request makes no sense (the message has the numbers).
         MalformedError, IntegrityError, UnsupportedError: `src` or `base` cannot be read.
         AccessError: reading or writing failed.
+        UnsupportedError: this process flushes subnormal numbers to zero.
     """
+    check_subnormals()
     request = None
     lossy = method == "lowrank" or any(option is not None for option in (rank, energy, max_error, target_size))
     if method not in METHODS:
@@ -189,11 +191,12 @@ class _Packer:
         arrays = [(name, len(info.shape)) for name, info in checkpoint.tensors.items()]
         arrays += [(file.name, 1) for file in checkpoint.files]
         arrays += [(checkpoint.index[0], 1)] if checkpoint.index else []
-        self._writer = ArchiveWriter(area, arrays, shard_bytes)
+        self._writer = ArchiveWriter(area, arrays, shard_bytes, len(references) + 1)
         self._bases: dict[str, Base] = {}
         self._copies: dict[tuple[str, tuple[int, ...], str], Ref] = {}
         self._lowrank: LowrankMethod | None = None
         self._anchors: Mapping[str, str] = {}
+        self._is_anchor: frozenset[str] = frozenset()
         self._buffers = BufferPool(IN_FLIGHT_BYTES)
         self._progress = progress
         self._done = 0
@@ -232,7 +235,7 @@ class _Packer:
 
     def share(self, anchors: Mapping[str, str]) -> None:
         """Let tensors be predicted by others of the checkpoint, those of their anchor layers."""
-        self._anchors = anchors
+        self._anchors, self._is_anchor = anchors, frozenset(anchors.values())
 
     def _prepare(self, item: tuple[str, TensorInfo]) -> _Prepared:
         name, info = item
@@ -240,7 +243,7 @@ class _Packer:
         found = digest(bits)
         if self._lowrank is not None and (factored := self._lowrank.factor(name, bits)) is not None:
             return _Prepared(found, bits, factored=factored)
-        if (info.dtype.name, info.shape, found) in self._copies:
+        if self._copy(name, (info.dtype.name, info.shape, found)) is not None:
             return _Prepared(found, bits)
         bases = list(self._predictions(name, info))
         coding = choose(name, Elements(info.dtype, info.shape, bits), bases)
@@ -308,15 +311,19 @@ class _Packer:
             recipe = prepared.factored.write(name, self._writer)
             return Tensor(info.dtype, info.shape, recipe, rel_error=prepared.factored.rel_error)
         identity = (info.dtype.name, info.shape, prepared.digest)
-        copy = self._copies.get(identity)
-        if copy is not None:
+        if (copy := self._copy(name, identity)) is not None:
             return Tensor(info.dtype, info.shape, copy, digest=prepared.digest)
-        self._copies[identity] = Ref(name)
+        self._copies.setdefault(identity, Ref(name))
         coding = prepared.coding
         assert coding is not None
         plain = coding.prediction is None
         stored = self._add(name if plain else f"{name}#residual", coding, info, prepared.digest if plain else None)
         return Tensor(info.dtype, info.shape, coding.recipe(name, stored, self._writer), digest=prepared.digest)
+
+    def _copy(self, name: str, identity: tuple[str, tuple[int, ...], str]) -> Ref | None:
+        """Where an equal tensor is. Anchors stand by themselves: a layer that refers to one might be the equal."""
+        copy = self._copies.get(identity)
+        return None if copy is not None and copy.base is None and name in self._is_anchor else copy
 
     def _add(self, wanted: str, coding: Coding, info: TensorInfo, known: str | None) -> str:
         running = None if known else hashlib.sha256()

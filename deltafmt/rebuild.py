@@ -11,7 +11,7 @@ import numpy as np
 
 from .dtypes import Bits, Dtype, Shape, round_to
 from .encodings import choose_chunk
-from .gemm import round_wide
+from .gemm import check_subnormals, round_wide
 from .operators import Operator, Scope, Source, Target
 from .operators.base import ReadValue
 from .scratch import borrowed
@@ -33,6 +33,8 @@ class Rebuilder:
     def __init__(self, recipe: Operator, source: Source, scope: Scope, target: Target) -> None:
         self.target = target
         self._value = recipe.bind(source, scope, target)
+        if not isinstance(self._value, ReadValue):
+            check_subnormals()
 
     @property
     def dtype(self) -> Dtype:

@@ -52,8 +52,9 @@ def role_bytes(
 def method(tensor: Tensor, manifest: Manifest) -> str:
     """How a tensor is stored.
 
-    `raw`, `compressed`, `ref` (inside the archive), `base-ref`, `patch` (of a base as it is), `patch-lowrank`,
-    `patch-scaled`, `patch-mixture` (of what is computed from it), `lowrank` (not exact).
+    `raw`, `compressed`, `ref` (inside the archive), `base-ref`, `patch` (of a base as it is), `patch-layer`
+    (of another tensor of the archive), `patch-lowrank`, `patch-scaled`, `patch-mixture` (of what is computed from
+    these), `lowrank` (not exact).
     """
     recipe = tensor.recipe
     if isinstance(recipe, Stored):
@@ -63,7 +64,8 @@ def method(tensor: Tensor, manifest: Manifest) -> str:
     if isinstance(recipe, Patch):
         kinds = {type(node) for node in recipe.prediction.walk()}
         names = {Lowrank: "-lowrank", Sum: "-mixture", Scaled: "-scaled"}
-        return "patch" + next((name for kind, name in names.items() if kind in kinds), "")
+        plain = "-layer" if any(node.base is None for node in recipe.walk() if isinstance(node, Ref)) else ""
+        return "patch" + next((name for kind, name in names.items() if kind in kinds), plain)
     return "lowrank" if isinstance(recipe, (Sum, Lowrank)) else recipe.op
 
 

@@ -14,7 +14,7 @@ from .errors import MalformedError
 from .limits import DEFAULT_LIMITS, RECIPE_DEPTH, RECIPE_NODES, Limits
 from .manifest import Manifest, Tensor
 from .names import escaped
-from .operators import Facts, Lowrank, Operator, Ref, Scaled, Stored, Sum, Target
+from .operators import Facts, Lowrank, Operator, Patch, Ref, Scaled, Stored, Sum, Target
 
 
 class _Extent(NamedTuple):
@@ -90,6 +90,7 @@ class ManifestScope:
         """
         used: set[str] = set(self._manifest.checkpoint.arrays)
         extents: dict[str, _Extent] = {}
+        chunks: dict[str, set[int]] = {}
         for name, tensor in self._manifest.tensors.items():
             if self._is_plain(tensor):
                 used.add(tensor.recipe.array)  # type: ignore[attr-defined]
@@ -103,6 +104,10 @@ class ManifestScope:
                         limits.check("rank", factor.shape[0], f"tensor '{escaped(name)}'")
             self._check_recipe(name)
             self._extent(name, extents, [], 0)
+            if len(self._group_chunks(name, chunks)) > 1:
+                raise MalformedError(
+                    "groups in chunks of several sizes", where=f"/tensors/{escaped(name)}/recipe", reason="operand"
+                )
         for array in self._manifest.arrays:
             if array not in used:
                 raise MalformedError(
@@ -169,6 +174,20 @@ class ManifestScope:
         return _Extent(
             1 + max((extent.depth for extent in below), default=0), 1 + sum(extent.nodes for extent in below)
         )
+
+    def _group_chunks(self, name: str, known: dict[str, set[int]]) -> set[int]:
+        """The chunk sizes of all patches with groups that a tensor is made of, through references.
+
+        A reader patches whole chunks: of unequal ones, a large one would be read for each small one, at every level.
+        """
+        if name not in known:
+            known[name] = set()
+            for node in self._manifest.tensors[name].recipe.walk():
+                if isinstance(node, Patch) and node.groups is not None and isinstance(node.residual, Stored):
+                    known[name].add(self._manifest.arrays[node.residual.array].encoding.chunk)
+                elif isinstance(node, Ref) and node.base is None:
+                    known[name] |= self._group_chunks(node.tensor, known)
+        return known[name]
 
     def _check_checkpoint(self) -> None:
         for name in self._manifest.checkpoint.arrays:

@@ -263,7 +263,8 @@ class ShardWriter:
             length = -(-len(header) // 8) * 8
             self._file.shift_down(self._data, 8 + length, self.stored_bytes)
         head = length.to_bytes(8, "little") + header.ljust(length)
-        assert len(head) == 8 + length, "header_room promised more"
+        if len(head) != 8 + length:
+            raise RuntimeError("the header needs more room than header_room promised")
         self._file.write_at(0, head)
         return Shard(name, self._file.finish(), digest(head))
 

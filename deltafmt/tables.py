@@ -28,6 +28,7 @@ _METHODS = {
     "ref": "taken from another tensor",
     "base-ref": "taken from the base",
     "patch": "compressed difference to the base",
+    "patch-layer": "compressed difference to another layer",
     "patch-lowrank": "exact low-rank factors, and what they miss",
     "patch-scaled": "the base's rows, scaled, and what that misses",
     "patch-mixture": "a mixture of the bases, and what that misses",

@@ -17,11 +17,12 @@ from .limits import NAME_BYTES
 from .manifest import Array, Base, Manifest, Shard, Sidecar, Tensor, WeightFile
 from .manifest import Checkpoint as CheckpointEntry
 from .names import CHUNK_TABLE, MANIFEST, check_kept_name, shard_name
+from .scope import ManifestScope
 from .shards import ShardWriter, header_room, raw_bytes
 
 SHARD_BYTES = 5_000_000_000
 _COPY_BLOCK = 4 << 20
-_ARRAYS_PER_TENSOR = 3  # two factors and a residual
+_ARRAYS_PER_TENSOR = 4  # two factors, a scale and a residual
 
 
 class ArchiveWriter:
@@ -31,11 +32,14 @@ class ArchiveWriter:
         staging: where files are created; the caller commits it.
         arrays: name and number of dimensions of every tensor and file that may come; leaves room for the headers.
         shard_bytes: begin another shard once this many bytes are in one.
+        bases: of which a tensor may be a mixture: each has a scale.
     """
 
-    def __init__(self, staging: Staging, arrays: Iterable[tuple[str, int]], shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self, staging: Staging, arrays: Iterable[tuple[str, int]], shard_bytes: int = SHARD_BYTES, bases: int = 0
+    ) -> None:
         self._staging = staging
-        self._room = _ARRAYS_PER_TENSOR * header_room(
+        self._room = max(_ARRAYS_PER_TENSOR, bases + 2) * header_room(
             (f"{name}#residual", max(dimensions, 2)) for name, dimensions in arrays
         )
         self._shard_bytes = shard_bytes
@@ -112,6 +116,7 @@ class ArchiveWriter:
         for index, shard in enumerate(shards):
             self._staging.rename(_unfinished(index), shard.name)
         manifest = Manifest(tuple(shards), self.arrays, self.tensors, checkpoint, self._sidecars, bases, annotations)
+        ManifestScope(manifest).check()  # what a reader would refuse is not written
         self._staging.write(MANIFEST, [manifest.to_bytes()])
         return manifest
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..dtypes import DTYPES, Bits, Shape, widen
 from ..gemm import alone
+from ..limits import SUM_TERMS
 from ..operators import Lowrank, Operator, Scaled, Sum, Target
 from .affine import are_rows_scaled, have_magnitudes, magnitudes, mixture, row_scales
 from .intervals import Wide
@@ -27,9 +28,9 @@ _MIXED = 1 << 18  # elements are enough to tell a mixture
 _ROWS = 256  # are enough to tell what kind of change it was
 _FEWEST_BITS = 0.4  # a changed weight, below which low rank has little to save
 _REPLACED = 10  # times as much as usual has a row changed, and more than it was, that was replaced: a new token's
-_HUGE = 2.0**40
+_HUGE = 2.0**40  # weights beyond: squares and sums of them might leave float32, and nothing comes of it
 _LARGE = 1 << 24  # elements; of larger matrices only one is looked at at a time
-_LARGEST = 1 << 26  # elements of a matrix that is looked at for low rank: it takes about 30 bytes of memory for each
+_LARGEST = 1 << 26  # elements of a matrix that is looked at for low rank: it takes 20 to 40 bytes of memory for each
 
 _ONE_LARGE = threading.Lock()  # bounds the memory
 
@@ -45,6 +46,7 @@ def computed(name: str, tensor: Elements, bases: Sequence[Referred], stored: flo
         bases: tensors of its shape in the bases, the closest first.
         stored: bytes that it takes without.
     """
+    bases = [base for base in bases if base.dtype.name != "F64"][:SUM_TERMS]  # of float64 the arithmetic is another
     if tensor.dtype.name not in _DTYPES or tensor.bits.size < _SMALLEST or not bases:
         return
     search = _Search(name, tensor, bases, stored)
@@ -64,7 +66,7 @@ class _Search:
         part = spread(self._tensor.bits.size, _MIXED)
         bits = self._tensor.bits[part]
         parts = [widen(base.bits[part], base.dtype, np.dtype("f8")) for base in self._bases]
-        if not _is_finite([*parts, widen(bits, self._tensor.dtype, self._wide)]):
+        if not _is_ordinary([*parts, widen(bits, self._tensor.dtype, self._wide)]):
             return None
         numbers = mixture(parts, bits, self._tensor.dtype)
         arrays = {f"scale{place}": self._floats(number, ()) for place, number in enumerate(numbers)}
@@ -82,13 +84,13 @@ class _Search:
         some = rows[spread(len(rows), _ROWS)]
         base = widen(like_bits[some], like.dtype, self._wide)
         changed = widen(bits[some], tensor.dtype, self._wide)
-        if not _is_finite([base, changed]):
+        if not _is_ordinary([base, changed]):
             return
         scaled = are_rows_scaled(base, bits[some], tensor.dtype)
         grown = have_magnitudes(base, changed)
         low = bits.size <= _LARGEST and 8 * self._stored > _FEWEST_BITS * len(rows) * bits.shape[1]
         if low and grown:
-            low = leaves_noise(_magnitudes(base, changed)[:, None] * base, bits[some], tensor.dtype)
+            low = leaves_noise(magnitudes(base, changed)[:, None] * base, bits[some], tensor.dtype)
         elif low:
             low = leaves_noise(base, bits[some], tensor.dtype) and self._is_promising(like_bits, bits, rows)
         if not (scaled or low):
@@ -97,7 +99,7 @@ class _Search:
             bits = bits[rows]
             base = widen(like_bits[rows], like.dtype, self._wide)
             changed = widen(bits, tensor.dtype, self._wide)
-            if not _is_finite([base, changed]):
+            if not _is_ordinary([base, changed]):
                 return
             if scaled and (scales := row_scales(base, bits, tensor.dtype)) is not None:
                 yield self._combined(self._spread_out(scales, rows, 1), None)
@@ -113,7 +115,7 @@ class _Search:
         part = np.ix_(rows[spread(len(rows), PART)], columns)
         base = widen(like_bits[part], self._bases[0].dtype, self._wide)
         changed = widen(bits[part], self._tensor.dtype, self._wide)
-        if not _is_finite([base, changed]):
+        if not _is_ordinary([base, changed]):
             return False
         kept = ~_are_replaced(base, changed)
         return promising(base[kept], bits[part][kept], self._tensor.dtype, (len(rows), bits.shape[1]))
@@ -122,12 +124,12 @@ class _Search:
         dtype = self._tensor.dtype
         scales = None
         if grown:
-            numbers = self._floats(_magnitudes(base, widen(bits, dtype, self._wide)), (len(rows),))
+            numbers = self._floats(magnitudes(base, widen(bits, dtype, self._wide)), (len(rows),))
             stored = numbers.bits.view(numbers.dtype.values)
             scales = self._spread_out(stored, rows, 1)
             with np.errstate(over="ignore", invalid="ignore"):
                 base = base * stored[:, None].astype(self._wide)
-            if not _is_finite([base]):
+            if not _is_ordinary([base]):
                 return
         factors = recover(base, bits, dtype) if leaves_noise(base, bits, dtype) else None
         if factors is not None:
@@ -181,12 +183,6 @@ def _are_replaced(base: Wide, changed: Wide) -> Any:
     return (change >= own) & (change > _REPLACED**2 * np.median(change))
 
 
-def _magnitudes(base: Wide, changed: Wide) -> Any:
-    """`magnitudes`, or ones for rows of numbers so large that their products may overflow."""
-    if max(np.abs(values).max(initial=0) for values in (base, changed)) > _HUGE:
-        return np.ones(len(base))
-    return magnitudes(base, changed)
-
-
-def _is_finite(arrays: Sequence[Wide]) -> bool:
-    return all(np.isfinite(values).all() for values in arrays)
+def _is_ordinary(arrays: Sequence[Wide]) -> bool:
+    """Whether arithmetic makes sense: no NaN, no infinity, nothing huge."""
+    return all(values.min(initial=0) > -_HUGE and values.max(initial=0) < _HUGE for values in arrays)

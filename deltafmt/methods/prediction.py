@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,8 +38,10 @@ class Elements(NamedTuple):
 class Prediction(ABC):
     """Something close to a tensor, known to a reader before it reads the residual."""
 
-    own_bytes: int = 0
-    """What the arrays that it needs take in an archive, beside the residual."""
+    @property
+    def own_bytes(self) -> int:
+        """What the arrays that it needs take in an archive, beside the residual."""
+        return 0
 
     @abstractmethod
     def predicted(self, lo: int, hi: int, dtype: Dtype, groups: Groups | None) -> tuple[Bits, Keys | None, Up | None]:
@@ -110,12 +112,15 @@ class Computed(Prediction):
         self._value: Value = recipe({role: Stored(role) for role in arrays}).bind(memory, memory, target)
 
     @cached_property
-    def own_bytes(self) -> int:  # type: ignore[override]
-        return len(self._arrays) * _ENTRY_BYTES + sum(
-            8 * _encoding(array).table_words(array.dtype, array.bits.size)
-            + sum(memoryview(plane).nbytes for chunk in _chunks(array) for plane in chunk)
-            for array in self._arrays.values()
-        )
+    def _stored(self) -> dict[str, list[list[Any]]]:
+        """The chunks of each array, encoded."""
+        return {role: _chunks(array) for role, array in self._arrays.items()}
+
+    @property
+    def own_bytes(self) -> int:
+        tables = sum(_encoding(each).table_words(each.dtype, each.bits.size) for each in self._arrays.values())
+        planes = (plane for chunks in self._stored.values() for chunk in chunks for plane in chunk)
+        return len(self._arrays) * _ENTRY_BYTES + 8 * tables + sum(memoryview(plane).nbytes for plane in planes)
 
     def predicted(self, lo: int, hi: int, dtype: Dtype, groups: Groups | None) -> tuple[Bits, Keys | None, Up | None]:
         bits = scratch("predicted", dtype.bits, hi - lo)
@@ -135,14 +140,14 @@ class Computed(Prediction):
         return Groups("margin", bounds) if bounds else None
 
     def write(self, name: str, writer: ArchiveWriter) -> Operator:
-        return self._recipe(
-            {role: Stored(_write(f"{name}#{role}", each, writer)) for role, each in self._arrays.items()}
-        )
-
-
-def _write(wanted: str, array: Elements, writer: ArchiveWriter) -> str:
-    chunks = _chunks(array)
-    return writer.add_array(wanted, array.dtype, array.shape, _encoding(array), chunks, lambda: digest(array.bits))
+        nodes: dict[str, Operator] = {}
+        for role, array in self._arrays.items():
+            encoding, chunks = _encoding(array), self._stored[role]
+            stored = writer.add_array(
+                f"{name}#{role}", array.dtype, array.shape, encoding, chunks, partial(digest, array.bits)
+            )
+            nodes[role] = Stored(stored)
+        return self._recipe(nodes)
 
 
 def _encoding(array: Elements) -> Encoding:

@@ -34,8 +34,9 @@ _USUAL_ERROR = 0.01  # ulps that rounding the factors may add: where the search 
 class IntegerFactors:
     """The prediction ``2**exponent * (b.T @ a)``, component-major, largest contribution first.
 
-    ``b`` [r, out] and ``a`` [r, in] are int8, int16 or int32, each as small as its values allow. If either is int32 the
-    sum is taken in float64, else in float32; `squared_bound` is at most `most_squared`, so every partial sum is exact.
+    ``b`` [r, out] and ``a`` [r, in] are int8, int16 or int32, each as small as its values allow; but ``b`` is int32
+    where the sum has to be taken in float64: that is what tells a reader. Else it is taken in float32. `squared_bound`
+    is at most `most_squared`, so every partial sum is exact.
     """
 
     b: npt.NDArray[Any]

@@ -143,7 +143,7 @@ def margin_bits(accumulator: np.dtype[Any], dtype: Dtype) -> int:
 
 
 def margins(values: Wide, dtype: Dtype) -> tuple[Keys, Up]:
-    """How far each value is from where rounding changes over, and whether a miss is likely on the greater side.
+    """How far each value is from where rounding (to a normal number) changes over, and whether a miss is likely above.
 
     Args:
         values: `[m]`, the prediction before it is rounded to `dtype`.

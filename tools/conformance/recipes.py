@@ -57,12 +57,20 @@ def check_recipes(m: dict[str, Any]) -> list[str]:
     need(len(order) == len(tensors), "cycle", f"references in a circle: {sorted(set(tensors) - set(order))[:3]}")
 
     depths, sizes = {"": 0}, {"": 0}  # the empty name: no reference
+    chunks: dict[str, set[int]] = {"": set()}
     for name in order:
         depths[name] = max(depth + depths[local_reference(node)] for node, depth in nodes(tensors[name]["recipe"]))
         need(depths[name] <= DEPTH, "cycle", f"tensor {name!r}: recipe more than {DEPTH} nodes deep")
         sizes[name] = sum(1 + sizes[local_reference(node)] for node, _ in nodes(tensors[name]["recipe"]))
         need(sizes[name] <= NODES, "cycle", f"tensor {name!r}: recipe of more than {NODES} nodes")
         root = kind_of(m, name, tensors[name]["recipe"])
+        chunks[name] = set().union(*(chunks[local_reference(node)] for node, _ in nodes(tensors[name]["recipe"])))
+        chunks[name] |= {
+            arrays[node["residual"]["array"]]["encoding"]["chunk"]
+            for node, _ in nodes(tensors[name]["recipe"])
+            if "groups" in node
+        }
+        need(len(chunks[name]) <= 1, "operand", f"tensor {name!r}: groups in chunks of {sorted(chunks[name])}")
         dtype, shape = tensors[name]["dtype"], tuple(tensors[name]["shape"])
         need(root.shape == shape, "operand", f"tensor {name!r}: shape {shape}, recipe gives {root.shape}")
         fits = root.dtype == dtype if root.dtype else dtype in FLOATS

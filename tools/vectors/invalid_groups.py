@@ -147,3 +147,14 @@ add(
     "one group, of a residual that has three",
     grouped(both(put([2047], "groups", "bounds"))),
 )
+
+
+def of_other_chunks() -> Draft:
+    draft = Draft()
+    draft.with_base({"u": weights("grouped", "BF16", 40)})
+    corrected(draft, "v", "BF16", [40], ref("u", "base"), "exponent", [119, 121], 16, "planes")
+    corrected(draft, "w", "BF16", [40], ref("v"), "exponent", [119, 121], 8, "planes")
+    return draft
+
+
+add("groups-of-other-chunks", "operand", "groups of a tensor that has groups in other chunks", of_other_chunks)

@@ -176,7 +176,7 @@ def patch_of_recipes() -> Draft:
     corrected(draft, "low rank alone", "F16", [6, 5], low, "margin", MARGINS["F32"], 11)
     inner = draft.entries["scaled"]["recipe"]  # a patch within a sum within a patch
     corrected_sum = plus(ref("f32", "base"), low)
-    corrected(draft, "sum", "BF16", [6, 5], corrected_sum, "margin", MARGINS["F32"], 16)
+    corrected(draft, "sum", "BF16", [6, 5], corrected_sum, "margin", MARGINS["F32"], 7)
     draft.exact("scaled again", draft.tensors["scaled"], inner)
     draft.computed("in a sum", "F32", [6, 5], plus(ref("sum"), ref("scaled"), low))
     return draft
