@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import deltafmt
 from hostile import Tensor, f32, tree, write_checkpoint
@@ -127,7 +128,6 @@ class Bomb:
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
 @pytest.mark.parametrize("place", ["source", "base"])
 def test_20_a_pickle_that_runs_is_refused(tmp_path: Path, name: str, place: str) -> None:
-    torch = pytest.importorskip("torch")
     (tmp_path / "hostile").mkdir()
     torch.save({"w": torch.zeros(2), "x": Bomb(tmp_path / "ran")}, tmp_path / "hostile" / name)
     good = write_checkpoint(tmp_path / "good", {"w": f32(2)})

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -59,8 +60,6 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Room:
 
 @pytest.fixture(scope="module", params=["np", "pt"])
 def opened(room: Room, request: pytest.FixtureRequest) -> Iterator[tuple[str, deltafmt.OpenArchive]]:
-    if request.param == "pt":
-        pytest.importorskip("torch")
     with deltafmt.open(room.packed, base=room.base, framework=request.param) as archive:
         yield request.param, archive
 
@@ -113,8 +112,6 @@ def test_any_slice(room: Room, opened: tuple[str, deltafmt.OpenArchive], data: s
 )
 @pytest.mark.parametrize("framework", ["np", "pt"])
 def test_slices_of_any_dtype(tmp_path: Path, dtype: str, framework: Any) -> None:
-    if framework == "pt":
-        pytest.importorskip("torch")
     width = {"U16": 2, "U32": 4, "U64": 8, "C64": 8, "BF16": 2}.get(dtype, 1)
     data = (np.arange(20 * width, dtype=np.uint8) % 2).tobytes()
     deltafmt.pack(write_checkpoint(tmp_path / "src", {"w": Tensor(dtype, (5, 4), data)}), tmp_path / "packed")
@@ -124,7 +121,6 @@ def test_slices_of_any_dtype(tmp_path: Path, dtype: str, framework: Any) -> None
         for index in (slice(1, 4), slice(None, None, 2), slice(4, 0, -1), slice(0, 0), 3):
             found = view[index]
             if framework == "pt":
-                torch = pytest.importorskip("torch")
                 found = found.contiguous().view(torch.uint8).numpy()
             assert np.ascontiguousarray(found).tobytes() == rows[index].tobytes(), index
 
@@ -197,8 +193,6 @@ def test_a_slice_reads_only_its_chunks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("framework", ["np", "pt"])
 def test_many_threads_read_at_once(room: Room, tmp_path: Path, framework: Any) -> None:
-    if framework == "pt":
-        pytest.importorskip("torch")
     rng = np.random.default_rng(1)
     jobs = []
     for _ in range(600):
