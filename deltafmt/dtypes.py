@@ -23,6 +23,9 @@ if sys.byteorder != "little":  # pragma: no cover
 Shape: TypeAlias = tuple[int, ...]
 Bits: TypeAlias = npt.NDArray[Any]  # elements as uint8/16/32/64, flat
 
+SILENT: dict[str, Any] = {"over": "ignore", "under": "ignore", "invalid": "ignore"}
+"""For `numpy.errstate`, where infinities and NaN are values like others."""
+
 
 @dataclass(frozen=True)
 class Dtype:
@@ -97,7 +100,7 @@ def round_to(values: npt.NDArray[Any], target: Dtype, out: Bits | None = None, *
     """
     if out is None:
         out = np.empty(values.shape, target.bits)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+    with np.errstate(**SILENT):
         source = _round_to_odd(values) if target.name == "BF16" and values.dtype == np.float64 else values
         np.copyto(out.view(target.values), source, casting="unsafe")
         has_nan = values.size > 0 and bool(np.isnan(values.min()))  # a NaN is the minimum of whatever it is in

@@ -5,11 +5,9 @@ The fast path, block by block, and the ordered reference that it must agree with
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from .dtypes import Bits, Dtype, Shape, round_to
+from .dtypes import SILENT, Bits, Dtype, Shape, round_to
 from .encodings import choose_chunk
 from .gemm import check_subnormals, round_wide
 from .operators import Operator, Scope, Source, Target
@@ -17,7 +15,6 @@ from .operators.base import ReadValue
 from .scratch import borrowed
 
 _BLOCK_ELEMENTS = 1 << 20  # in float32 4 MiB: stays in the cache, and a product is worth the time to begin it
-_SILENT: dict[str, Any] = {"over": "ignore", "under": "ignore", "invalid": "ignore"}  # infinities and NaN are values
 
 
 def good_step(shape: Shape, width: int, elements: int) -> int:
@@ -58,7 +55,7 @@ class Rebuilder:
             self._value.bits(lo, hi, out)
             return
         with borrowed(self.target.accumulator, hi - lo) as wide:
-            with np.errstate(**_SILENT):
+            with np.errstate(**SILENT):
                 self._value.accumulate(lo, hi, wide, first=True)
             round_wide(wide, self.dtype, out, self._value.facts.exact)
 
@@ -68,5 +65,5 @@ class Rebuilder:
             out = np.empty(hi - lo, self.dtype.bits)
             self._value.bits(lo, hi, out)
             return out
-        with np.errstate(**_SILENT):
+        with np.errstate(**SILENT):
             return round_to(self._value.reference(lo, hi, self.target.accumulator), self.dtype, signed_nan=False)

@@ -14,7 +14,7 @@ import numpy as np
 
 from .checkpoint import Checkpoint
 from .digests import file_digest
-from .dtypes import Bits, Dtype, widen
+from .dtypes import SILENT, Bits, Dtype, widen
 from .gemm import one_thread_each
 from .layout import original_layout
 from .limits import DEFAULT_LIMITS, Limits
@@ -194,7 +194,7 @@ class _Checker:
         if not dtype.is_float:
             return _Compared(bits, same, float(np.count_nonzero(bits != expected)), float(bits.size))
         values = widen(expected, dtype, np.dtype("f8"))
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        with np.errstate(**SILENT):
             original = float(np.dot(values, values))
             if same:
                 return _Compared(bits, original=original)

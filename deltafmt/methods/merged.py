@@ -178,8 +178,7 @@ def _integers(values: Any) -> Elements:
 
 def _are_replaced(base: Wide, changed: Wide) -> Any:
     """Of each row, whether it is another rather than changed like most: it would take a component of its own."""
-    with np.errstate(over="ignore"):
-        change, own = (np.einsum("oi,oi->o", rows, rows) for rows in (changed - base, base))
+    change, own = (np.einsum("oi,oi->o", rows, rows) for rows in (changed - base, base))
     return (change >= own) & (change > _REPLACED**2 * np.median(change))
 
 

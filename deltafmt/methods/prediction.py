@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..digests import digest
-from ..dtypes import Bits, Dtype, Shape
+from ..dtypes import SILENT, Bits, Dtype, Shape
 from ..encodings import Encoding, compressed, encode_chunk, integers
 from ..gemm import round_wide
 from ..operators import Facts, Operator, Ref, Rows, Stored, Target, Value
@@ -125,7 +125,7 @@ class Computed(Prediction):
     def predicted(self, lo: int, hi: int, dtype: Dtype, groups: Groups | None) -> tuple[Bits, Keys | None, Up | None]:
         bits = scratch("predicted", dtype.bits, hi - lo)
         with borrowed(self._target.accumulator, hi - lo) as values:
-            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            with np.errstate(**SILENT):
                 self._value.accumulate(lo, hi, values, first=True)
             round_wide(values, dtype, bits)
             return (bits, None, None) if groups is None else (bits, *margins(values, dtype))

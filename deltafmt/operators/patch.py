@@ -9,15 +9,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..dtypes import Bits, Dtype, round_to, widen
+from ..dtypes import SILENT, Bits, Dtype, round_to, widen
 from ..gemm import round_wide
 from ..scratch import borrowed, scratch
 from ..strictjson import Fields
 from .base import Facts, Operator, Scope, Source, Target, Value, Wide, misfit
 from .groups import Groups, Keys, Up, exponents, margin_bits, margins
 from .stored import Stored
-
-_SILENT: dict[str, Any] = {"over": "ignore", "under": "ignore", "invalid": "ignore"}  # infinities and NaN are values
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ class _Predicted:
     def wide(self, lo: int, hi: int) -> Iterator[Wide]:
         """The value of a wide prediction, in memory that may be written to until the `with` block ends."""
         with borrowed(self._accumulator, hi - lo) as values:
-            with np.errstate(**_SILENT):
+            with np.errstate(**SILENT):
                 self._value.accumulate(lo, hi, values, first=True)
             yield values
 
