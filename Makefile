@@ -41,9 +41,11 @@ vectors: $(VENV)/installed-dev
 clean:
 	rm -rf $(VENV) .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
 
-# Stamps: an environment is made anew when pyproject.toml or constraints.txt changed since it was installed.
+# Stamps: an environment is made anew when what it was installed from has changed since.
 
-$(VENV)/installed: pyproject.toml constraints.txt
+KERNELS := hatch_build.py $(wildcard deltafmt/native/*.[ch])
+
+$(VENV)/installed: pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the development pins need Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) --editable .

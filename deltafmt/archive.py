@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import operator
+from itertools import pairwise
 from types import EllipsisType, TracebackType
 from typing import Any, Literal, TypeAlias
 
@@ -10,10 +12,10 @@ import numpy as np
 
 from .dtypes import Bits, Dtype, Shape
 from .errors import MissingExtraError, UsageError
-from .gemm import installed_torch
 from .limits import DEFAULT_LIMITS, Limits
+from .pipeline import Pool
 from .reader import Archive
-from .rebuild import Rebuilder
+from .rebuild import Rebuilder, good_step
 from .sources import Bases, PathLike, open_archive
 
 Framework: TypeAlias = Literal["np", "numpy", "pt", "torch"]
@@ -28,8 +30,16 @@ _TORCH_NAMES = {
 }  # fmt: skip
 
 
+_PIECE_ELEMENTS = 1 << 19  # of a tensor, that a thread rebuilds in one go
+
+
 def open(
-    path: PathLike, base: Bases | None = None, framework: Framework = "np", *, limits: Limits = DEFAULT_LIMITS
+    path: PathLike,
+    base: Bases | None = None,
+    framework: Framework = "np",
+    *,
+    jobs: int | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> OpenArchive:
     """Open an archive for reading. No tensor bytes are read until they are asked for.
 
@@ -38,6 +48,7 @@ def open(
         base: the base it was packed against, if any: a path, a Hub id, a sequence of these in any order if there are
             several, or a mapping of base ids to these.
         framework: `"np"` for numpy arrays (`ml_dtypes` for bfloat16 and float8), `"pt"` for torch tensors.
+        jobs: threads that rebuild one large tensor together; by default as many as there are processors.
         limits: caps on what is accepted; see `deltafmt.Limits`.
 
     Returns:
@@ -50,17 +61,18 @@ def open(
     """
     if framework not in ("np", "numpy", "pt", "torch"):
         raise UsageError(f"unknown framework {framework!r}", hint="Choose 'np' or 'pt'")
-    if framework in ("pt", "torch") and installed_torch() is None:
+    if framework in ("pt", "torch") and importlib.util.find_spec("torch") is None:
         raise MissingExtraError("torch tensors need torch", extra="torch")
-    return OpenArchive(open_archive(path, base, limits=limits), framework in ("pt", "torch"))
+    return OpenArchive(open_archive(path, base, limits=limits), framework in ("pt", "torch"), jobs)
 
 
 class OpenArchive:
     """An open archive; mirrors `safetensors.safe_open`. Close it, or use it in a `with` block."""
 
-    def __init__(self, archive: Archive, torch: bool) -> None:
+    def __init__(self, archive: Archive, torch: bool, jobs: int | None) -> None:
         self._archive = archive
         self._torch = torch
+        self._pool = Pool(jobs)
 
     def keys(self) -> list[str]:
         """Names of all tensors, in the order of the manifest."""
@@ -79,12 +91,12 @@ class OpenArchive:
         rebuilder = self._archive.rebuilder(name)
         info = self._archive.tensors[name]
         bits = np.empty(info.count, info.dtype.bits)
-        rebuilder.read(0, bits.size, bits)
+        _read(rebuilder, 0, bits.size, bits, self._pool)
         return self._shown(bits, info.dtype, info.shape)
 
     def get_slice(self, name: str) -> TensorSlice:
         """A lazy view of a tensor: `get_shape`, `get_dtype`, and indexing that decodes only the chunks it needs."""
-        return TensorSlice(self._archive.rebuilder(name), self._shown)
+        return TensorSlice(self._archive.rebuilder(name), self._shown, self._pool)
 
     def tensor_bytes(self, name: str) -> bytes:
         """The bytes of a tensor as a safetensors file holds them."""
@@ -93,11 +105,13 @@ class OpenArchive:
     def _shown(self, bits: Bits, dtype: Dtype, shape: Shape) -> Any:
         if not self._torch:
             return bits.view(dtype.values).reshape(shape)
-        torch = installed_torch()
+        import torch
+
         return torch.from_numpy(bits.view(np.uint8)).view(getattr(torch, _TORCH_NAMES[dtype.name])).reshape(shape)
 
     def close(self) -> None:
         """Close the archive's files and its bases. Reading afterwards raises `UsageError`."""
+        self._pool.close()
         self._archive.close()
 
     def __enter__(self) -> OpenArchive:
@@ -112,8 +126,8 @@ class OpenArchive:
 class TensorSlice:
     """A tensor that is read where it is indexed, as safetensors' `PySafeSlice`."""
 
-    def __init__(self, rebuilder: Rebuilder, shown: Any) -> None:
-        self._rebuilder, self._shown = rebuilder, shown
+    def __init__(self, rebuilder: Rebuilder, shown: Any, pool: Pool) -> None:
+        self._rebuilder, self._shown, self._pool = rebuilder, shown, pool
 
     def get_shape(self) -> list[int]:
         return list(self._rebuilder.target.shape)
@@ -145,9 +159,16 @@ class TensorSlice:
     def _read(self, lo: int, hi: int, row_shape: Shape) -> Any:
         row = int(np.prod(row_shape, dtype=object))
         bits = np.empty((hi - lo) * row, self._rebuilder.dtype.bits)
-        self._rebuilder.read(lo * row, hi * row, bits)
+        _read(self._rebuilder, lo * row, hi * row, bits, self._pool)
         shape = (hi - lo, *row_shape) if self._rebuilder.target.shape else ()
         return self._shown(bits, self._rebuilder.dtype, shape)
+
+
+def _read(rebuilder: Rebuilder, lo: int, hi: int, out: Bits, pool: Pool) -> None:
+    """Elements `[lo, hi)` into `out`, in pieces that are rebuilt side by side."""
+    step = good_step(rebuilder.target.shape, rebuilder.dtype.width, _PIECE_ELEMENTS)
+    edges = [lo, *range((lo // step + 1) * step, hi, step), hi]
+    pool.each(pairwise(edges), lambda piece: rebuilder.read(*piece, out[piece[0] - lo : piece[1] - lo]))
 
 
 def _expanded(index: _Index | tuple[_Index, ...], dimensions: int) -> list[int | slice]:

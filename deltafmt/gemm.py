@@ -1,102 +1,111 @@
 """The matrix product of the fast path, and the conversions before and behind it.
 
-Torch is faster than numpy at all of them and is used if it is installed. Either way spec/arithmetic.md is kept:
-products and sums have full precision, in any order, and are rounded once.
+The kernels do it where they are built, numpy elsewhere. Either way spec/arithmetic.md is kept: products and sums have
+full precision, in any order, and are rounded once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.util
-import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from .dtypes import DTYPES, Bits, Dtype, round_to, widen
+from . import native
+from .dtypes import Bits, Dtype, round_to, widen
 from .errors import UnsupportedError
-from .scratch import scratch
+from .scratch import borrowed
 
-_ONE_AT_A_TIME = threading.RLock()
-
-
-@functools.cache
-def installed_torch() -> Any:
-    """The torch module, or None if it is not installed."""
-    if importlib.util.find_spec("torch") is None:
-        return None
-    import torch
-
-    with _SETTING:
-        if _THREADS.inside and _THREADS.torch is None:
-            _limit_torch()
-    return torch
+Wide = npt.NDArray[Any]  # float32 or float64
 
 
-def add_product(into: npt.NDArray[Any], b: npt.NDArray[Any], a: npt.NDArray[Any], first: bool) -> None:
-    """`into += b^T a` (or `=`, if `first`).
+class Product:
+    """`B^T A`, formed for any part of it. Every part is a product by itself, whatever it is added to.
 
     Args:
-        into: `[m, n]` float32 or float64, C-contiguous.
-        b: `[r, m]`, a: `[r, n]`, of the same dtype.
+        a: `[r, n]`, b: `[r, m]`, both float32 or both float64, C-contiguous.
     """
-    torch = installed_torch()
-    if torch is not None and _has_full_precision(torch):
-        torch.from_numpy(into).addmm_(torch.from_numpy(b).T, torch.from_numpy(a), beta=0 if first else 1)
-        return
-    with alone():
-        if first:
-            np.matmul(b.T, a, out=into)
+
+    def __init__(self, a: Wide, b: Wide) -> None:
+        self.rank, self._columns, self._rows = len(a), a.shape[1], b.shape[1]
+        self.has_kernel = native.available() and a.dtype == np.float32
+        if self.has_kernel:
+            a, b = native.panels(a, native.TILE_COLUMNS), native.panels(b, native.TILE_ROWS)
+        self._a, self._b = a, b
+
+    def add(self, into: Wide, top: int, left: int, first: bool) -> None:
+        """Add to `into`, `[rows, columns]`, what begins at row `top` and column `left`; or set it, if `first`."""
+        rows, columns = into.shape
+        if not self.has_kernel:
+            with alone(), borrowed(into.dtype, into.size) as flat:
+                product = np.matmul(
+                    self._b[:, top : top + rows].T, self._a[:, left : left + columns], out=flat.reshape(into.shape)
+                )
+                product += 0.0  # a sum of zeros is +0 (spec/arithmetic.md), and -0 in some BLAS
+                np.copyto(into, product) if first else np.add(into, product, out=into)
+        elif left == 0 and columns == self._columns:
+            native.product(into, top, self._a, self._b, first)
         else:
-            product = scratch("product", into.dtype, into.size).reshape(into.shape)
-            np.add(into, np.matmul(b.T, a, out=product), out=into)
+            begin = left // native.TILE_COLUMNS
+            before = left - begin * native.TILE_COLUMNS
+            some = self._a[begin : -(-(left + columns) // native.TILE_COLUMNS)]
+            with borrowed(into.dtype, rows * (before + columns)) as flat:
+                product = flat.reshape(rows, -1)
+                native.product(product, top, some, self._b, first=True)
+                np.copyto(into, product[:, before:]) if first else np.add(into, product[:, before:], out=into)
+
+    def onto_bf16(self, top: int, rows: int) -> OntoBf16 | None:
+        """What adds whole rows to bf16 values in one pass; None where there is no kernel for it."""
+        return OntoBf16(self._a, self._b, top, (rows, self._columns)) if self.has_kernel else None
+
+    def components(self) -> Iterator[tuple[Wide, Wide]]:
+        """The rows of `a` and `b`."""
+        for k in range(self.rank):
+            if self.has_kernel:
+                yield self._a[:, k].reshape(-1)[: self._columns], self._b[:, k].reshape(-1)[: self._rows]
+            else:
+                yield self._a[k], self._b[k]
 
 
-def _has_full_precision(torch: Any) -> bool:
-    """Whether torch multiplies float32 as they are; if not, it may round the operands to TF32 or bf16 first."""
-    try:
-        return bool(torch.get_float32_matmul_precision() == "highest")
-    except RuntimeError:  # somebody has set it per backend, where torch has a newer interface for that
-        return False
+class OntoBf16(NamedTuple):
+    """Some rows of a product, to be added to bf16 values, in float32."""
+
+    a: Wide
+    b: Wide
+    top: int
+    shape: tuple[int, int]
+
+    def add(self, bits: Bits) -> None:
+        """In place, rounded; `[m]`. A NaN has no sign."""
+        native.product_in_bf16(bits.reshape(self.shape), self.top, self.a, self.b)
+
+    def add_with_margins(self, bits: Bits, groups: native.Bounds, numbers: Any, up: Any) -> None:
+        """As `add`; and the groups of the sums by their margin, as `native.margin_groups` gives them; all `[m]`."""
+        native.product_with_margins(bits.reshape(self.shape), self.top, self.a, self.b, groups, numbers, up)
+
+    def add_into(self, bits: Bits, into: Wide) -> None:
+        """The sum, not rounded, into `into`; both `[m]`."""
+        native.product_onto_bf16(bits.reshape(self.shape), into.reshape(self.shape), self.top, self.a, self.b)
 
 
-def round_wide(values: npt.NDArray[Any], target: Dtype, out: Bits, exact: bool = True) -> None:
-    """Round what was computed in the accumulation type, `[m]`, to bits of `target`, `[m]`.
-
-    `dtypes.round_to`, four times as fast for bf16 where torch is installed and rounds exactly so. A NaN has no sign;
-    unless `exact`, any NaN will do.
-    """
-    torch = installed_torch()
-    has_torch = torch is not None and target.name == "BF16" and values.dtype == np.float32 and _torch_rounds_to_bf16()
-    if not has_torch or (exact and np.isnan(values.min(initial=0))):  # a NaN is the minimum of whatever it is in
-        round_to(values, target, out, signed_nan=False)
-        return
-    torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).copy_(torch.from_numpy(values))
-
-
-def widen_into(bits: Bits, source: Dtype, out: npt.NDArray[Any]) -> None:
-    """`dtypes.widen` into `out`, in one pass from bf16 to float32 where torch is installed."""
-    torch = installed_torch() if source.name == "BF16" and out.dtype == np.float32 else None
-    if torch is None:
-        widen(bits, source, out.dtype, out)
+def round_wide(values: Wide, target: Dtype, out: Bits) -> None:
+    """Round what was computed in the accumulation type, `[m]`, to bits of `target`, `[m]`; a NaN has no sign."""
+    if target.name == "BF16" and values.dtype == np.float32 and native.available():
+        native.round_bf16(values, out)
     else:
-        torch.from_numpy(out).copy_(torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16))
+        round_to(values, target, out, signed_nan=False)
 
 
-@functools.cache
-def _torch_rounds_to_bf16() -> bool:
-    """Whether torch's cast is ours on every exponent, ties and subnormals included; some processors' own is not."""
-    torch = installed_torch()
-    tails = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
-    probe = (np.arange(1 << 16, dtype=np.uint32)[:, None] << 16 | tails).reshape(-1).view(np.float32)
-    probe = probe[~np.isnan(probe)]
-    rounded = torch.from_numpy(probe).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    return bool(np.array_equal(rounded, round_to(probe, DTYPES["BF16"])))
+def widen_into(bits: Bits, source: Dtype, out: Wide) -> None:
+    """`dtypes.widen` into `out`, in one pass from bf16 to float32."""
+    if source.name == "BF16" and out.dtype == np.float32 and native.available():
+        native.widen_bf16(bits, out)
+    else:
+        widen(bits, source, out.dtype, out)
 
 
 def check_subnormals() -> None:
@@ -113,15 +122,13 @@ _LEAST_NORMAL = np.finfo(np.float32).tiny
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Have numpy's BLAS and torch use one thread for each of ours: a pool of ours keeps every core busy already.
+    """Have numpy's BLAS use one thread for each of ours: a pool of ours keeps every core busy already.
 
-    Both settings are the process's: whoever comes first changes them, whoever leaves last puts them back.
+    The setting is the process's: whoever comes first changes it, whoever leaves last puts it back.
     """
     with _SETTING:
         if _THREADS.inside == 0:
             _THREADS.blas = threadpool_limits(1, user_api="blas")
-            if hasattr(sys.modules.get("torch"), "set_num_threads"):  # else it is being imported: see installed_torch
-                _limit_torch()
         _THREADS.inside += 1
     try:
         yield
@@ -130,9 +137,6 @@ def one_thread_each() -> Iterator[None]:
             _THREADS.inside -= 1
             if _THREADS.inside == 0:
                 _THREADS.blas.restore_original_limits()
-                if _THREADS.torch is not None:
-                    sys.modules["torch"].set_num_threads(_THREADS.torch)
-                    _THREADS.torch = None
 
 
 def alone() -> contextlib.AbstractContextManager[Any]:
@@ -145,14 +149,8 @@ class _Threads:
 
     inside = 0
     blas: Any = None
-    torch: int | None = None
-
-
-def _limit_torch() -> None:
-    torch = sys.modules["torch"]
-    _THREADS.torch = torch.get_num_threads()
-    torch.set_num_threads(1)
 
 
 _SETTING = threading.Lock()
 _THREADS = _Threads()
+_ONE_AT_A_TIME = threading.RLock()

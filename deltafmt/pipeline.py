@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import TypeVar
 
@@ -18,6 +19,41 @@ IN_FLIGHT_BYTES = 192 << 20
 def default_jobs() -> int:
     """Threads to use if the user does not say: one per processor that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Pool:
+    """Threads for work that somebody waits for; started when there first is more than one thing to do."""
+
+    def __init__(self, jobs: int | None = None) -> None:
+        self._jobs = jobs or default_jobs()
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def each(self, items: Iterable[_Item], work: Callable[[_Item], object]) -> None:
+        """Do `work` on every item, in parallel, and wait. Raises what the first of them raised."""
+        every = list(items)
+        if self._jobs == 1 or len(every) < 2:
+            for item in every:
+                work(item)
+            return
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._jobs, thread_name_prefix="deltafmt-read")
+            futures = [self._pool.submit(work, item) for item in every]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+            wait(futures)
+
+    def close(self) -> None:
+        """End the threads. The pool can be used again: it starts others."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown()
 
 
 class Pipeline:

@@ -9,10 +9,9 @@ import numpy as np
 
 from .dtypes import SILENT, Bits, Dtype, Shape, round_to
 from .encodings import choose_chunk
-from .gemm import check_subnormals, round_wide
+from .gemm import check_subnormals
 from .operators import Operator, Scope, Source, Target
 from .operators.base import ReadValue
-from .scratch import borrowed
 
 _BLOCK_ELEMENTS = 1 << 20  # in float32 4 MiB: stays in the cache, and a product is worth the time to begin it
 
@@ -53,11 +52,8 @@ class Rebuilder:
     def _read_block(self, lo: int, hi: int, out: Bits) -> None:
         if self._value.facts.dtype is not None:
             self._value.bits(lo, hi, out)
-            return
-        with borrowed(self.target.accumulator, hi - lo) as wide:
-            with np.errstate(**SILENT):
-                self._value.accumulate(lo, hi, wide, first=True)
-            round_wide(wide, self.dtype, out, self._value.facts.exact)
+        else:
+            self._value.rounded(lo, hi, self.target.accumulator, self.dtype, out)
 
     def reference(self, lo: int, hi: int) -> Bits:
         """The same elements by the ordered reference: slow, and the definition."""

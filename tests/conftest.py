@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import deltafmt
 import fixtures
 import synthetic
 from command_line import Run, weights, write
+from deltafmt import native
 from deltafmt.cli import main
 from hostile import Tensor, f32, write_checkpoint
 
@@ -99,3 +101,13 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
         return code, out, err
 
     return command
+
+
+@pytest.fixture(scope="module", params=["kernels", "numpy"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Who computes: the kernels, which are built where these tests run, or numpy, as where there is no compiler."""
+    assert native.available()
+    with pytest.MonkeyPatch.context() as patching:
+        if request.param == "numpy":
+            patching.setattr(native, "LIBRARY", None)
+        yield request.param

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltafmt.errors import MalformedError
-from deltafmt.methods.grouping import _GROUP_BYTES as COST
+from deltafmt.methods.grouping import _BY_MARGIN as COST
 from deltafmt.methods.grouping import exponent_bounds, margin_bounds
 from deltafmt.operators.groups import Groups
 

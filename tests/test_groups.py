@@ -22,11 +22,13 @@ from deltafmt.gemm import round_wide
 from deltafmt.operators import Operator, Patch, Ref, Stored, Sum, Target
 from deltafmt.operators.base import Facts, Read
 from deltafmt.operators.groups import Groups, exponents, margins
-from deltafmt.operators.patch import cast, difference, difference_in_groups
+from deltafmt.operators.patch import cast, correct_in_groups, difference, difference_in_groups
 from deltafmt.rebuild import Rebuilder
 from hostile import Json, Tensor, edit, manifest, put, write_checkpoint
 
 Array = npt.NDArray[Any]
+pytestmark = pytest.mark.usefixtures("way")
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 MANTISSA = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
 
@@ -43,27 +45,49 @@ def test_exponent_of_known_patterns(dtype: str, bits: int, key: int) -> None:
     assert exponents(np.array([bits], DTYPES[dtype].bits), DTYPES[dtype]).tolist() == [key]
 
 
-@pytest.mark.parametrize("count", [1, 3, 15, 40, 255])
-@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
-def test_order_is_that_of_a_stable_sort(count: int, kind: type[Any]) -> None:
-    random = np.random.default_rng(count)
-    bounds = tuple(sorted(random.choice(np.arange(1, 2048 if count == 3 else 256), count, replace=False).tolist()))
+@pytest.mark.parametrize("count", [1, 3, 8, 9, 40, 255])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("size", [0, 1, 3, 31, 64, 2000, 9001])
+def test_groups_and_their_order(count: int, dtype: str, size: int) -> None:
+    """Of known keys: each in its group, each group in the flat order; and back."""
+    kind, random = DTYPES[dtype], np.random.default_rng(count)
+    most = {"F16": 31, "F64": 2047}.get(dtype, 255)
+    possible = np.arange(1, 2048)
+    bounds = tuple(sorted(random.choice(possible[: max(most, count)], count, replace=False).tolist()))
     groups = Groups("exponent", bounds)
-    keys = random.normal(120, 8, 3000).clip(0, 255).astype(kind)
+    keys = random.normal(most / 2, most / 16, size).clip(0, most).astype(np.uint64)
+    predicted = (keys << np.uint64(kind.mantissa_bits)).astype(kind.bits)
+    predicted[::3] |= kind.bits.type(1 << (8 * kind.width - 1))
+    bits = predicted ^ random.integers(0, 2, size).astype(kind.bits)  # the last place, of some
     group = [sum(bound <= key for bound in bounds) for key in keys.tolist()]
-    expected = sorted(range(keys.size), key=group.__getitem__)
-    lengths = groups.lengths(keys)
+    order = sorted(range(size), key=group.__getitem__)
+    found, lengths = difference_in_groups(groups, groups.of_exponents(predicted, kind), bits, predicted, kind)
     assert lengths == [group.count(number) for number in range(count + 1)]
-    assert np.concatenate(list(groups.places(keys))).tolist() == expected
-    for needed in (0, 1, 1000, 2999):
-        found = np.concatenate([[], *groups.places(keys, needed)])
-        assert needed <= len(found) <= keys.size
-        assert found.tolist() == expected[: len(found)]
+    assert found.tolist() == difference(bits, predicted, kind)[order].tolist()
+    out = predicted.copy()
+    correct_in_groups(groups, groups.of_exponents(predicted, kind), found, kind, out)
+    assert out.tolist() == bits.tolist()
+
+
+@pytest.mark.parametrize("misses", [0, 1, 7, 300, 5000])
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
+def test_few_misses_and_many(misses: int, dtype: str) -> None:
+    """There is a way of its own for residuals that are nearly all zero."""
+    kind, random = DTYPES[dtype], np.random.default_rng(misses)
+    predicted = bits_of(random.standard_normal(20_003), dtype)
+    bits, where = predicted.copy(), random.choice(predicted.size, misses, replace=False)
+    bits[where] += random.integers(1, 1000, misses).astype(kind.bits)
+    groups = Groups("exponent", (125, 126, 1021))
+    grouped, _ = difference_in_groups(groups, groups.of_exponents(predicted, kind), bits, predicted, kind)
+    assert np.count_nonzero(grouped) == misses
+    out = predicted.copy()
+    correct_in_groups(groups, groups.of_exponents(predicted, kind), grouped, kind, out)
+    assert np.array_equal(out, bits)
 
 
 def test_bounds_that_no_key_reaches() -> None:
-    keys = np.array([3, 0, 255, 1] * 5, np.uint8)
-    assert np.concatenate(list(Groups("exponent", tuple(range(300, 320))).places(keys))).tolist() == list(range(20))
+    predicted = bits_of(np.array([3.0, 0, -2e38, 1] * 5), "BF16")
+    assert set(Groups("exponent", tuple(range(300, 320))).of_exponents(predicted, DTYPES["BF16"]).numbers) == {0}
 
 
 def exact_margin(value: float, accumulator: str, target: str) -> tuple[int, bool]:
@@ -105,6 +129,10 @@ def test_margin_is_the_exact_distance_to_the_border(accumulator: str, target: st
     keys, up = margins(values.copy(), DTYPES[target])
     expected = [exact_margin(float(value), accumulator, target) for value in values]
     assert list(zip(keys.tolist(), up.tolist(), strict=True)) == expected
+    groups = Groups("margin", (1, 60, 90, 104, 110, 118, 850, 960))  # of which the kernels see numbers, and no keys
+    grouping = groups.of_margins(values, DTYPES[target])
+    assert grouping.numbers.tolist() == [sum(bound <= key for bound in groups.bounds) for key, _ in expected]
+    assert grouping.up is not None and grouping.up.tolist() == [up for _, up in expected]
 
 
 def test_margin_of_what_is_not_finite() -> None:
@@ -166,8 +194,9 @@ def patched(
     parts, lengths = [], []
     for lo in range(0, bits.size, chunk):
         part = slice(lo, lo + chunk)
-        keys, up = (exponents(predicted[part], kind), None) if groups.by == "exponent" else margins(values[part], kind)
-        residual, counts = difference_in_groups(groups, keys, up, bits[part], predicted[part], kind)
+        by_margin = groups.by == "margin"
+        grouping = groups.of_margins(values[part], kind) if by_margin else groups.of_exponents(predicted[part], kind)
+        residual, counts = difference_in_groups(groups, grouping, bits[part], predicted[part], kind)
         parts.append(residual)
         lengths.append(counts)
     return recipe, np.concatenate(parts), lengths
@@ -210,8 +239,8 @@ def test_stored_order_and_residuals_by_hand() -> None:
     """BF16, bounds 127, 128: 0.5 and 1.0 and 2.0 have the exponents 126, 127, 128."""
     base = np.array([0x4000, 0x3F00, 0x3F80, 0xBF80, 0x3F00, 0xC000], np.uint16)
     tuned = np.array([0x4001, 0x3F00, 0x3F7F, 0xBF81, 0x3F02, 0xC000], np.uint16)
-    keys = exponents(base, DTYPES["BF16"])
-    found, lengths = difference_in_groups(Groups("exponent", (127, 128)), keys, None, tuned, base, DTYPES["BF16"])
+    groups, dtype = Groups("exponent", (127, 128)), DTYPES["BF16"]
+    found, lengths = difference_in_groups(groups, groups.of_exponents(base, dtype), tuned, base, dtype)
     # 0.5: 0 and +2; 1.0: -1, and the more negative -1; 2.0: +1 and 0; zigzag
     assert found.tolist() == [0, 4, 1, 1, 2, 0]
     assert lengths == [2, 2, 2]
@@ -250,8 +279,8 @@ def test_misses_across_the_border_are_one_symbol() -> None:
     bits = np.array([0x3F81, 0x3F80, 0xBF81, 0xBF80], np.uint16)  # 1.0 and 1.0078: each the wrong one
 
     rounded = np.array([0x3F80, 0x3F81, 0xBF80, 0xBF81], np.uint16)
-    keys, up = margins(values, DTYPES["BF16"])
-    found, _ = difference_in_groups(Groups("margin", (110,)), keys, up, bits, rounded, DTYPES["BF16"])
+    groups, dtype = Groups("margin", (110,)), DTYPES["BF16"]
+    found, _ = difference_in_groups(groups, groups.of_margins(values, dtype), bits, rounded, dtype)
     assert found.tolist() == [1, 1, 1, 1]
 
 
@@ -291,8 +320,8 @@ def test_groups_are_smaller_than_a_plain_patch() -> None:
     base = random.normal(0, 0.05, 200_000)
     start, tuned = bits_of(base, "BF16"), bits_of(base + random.normal(0, 2e-4, base.size), "BF16")
     groups = Groups("exponent", (118, 119, 120, 121, 122))
-    keys = exponents(start, DTYPES["BF16"])
-    grouped, lengths = difference_in_groups(groups, keys, None, tuned, start, DTYPES["BF16"])
+    grouping = groups.of_exponents(start, DTYPES["BF16"])
+    grouped, lengths = difference_in_groups(groups, grouping, tuned, start, DTYPES["BF16"])
     plain = encode_chunk(difference(tuned, start, DTYPES["BF16"]), Encoding("planes", "zstd", 1 << 18))
     (chunk,) = encode_chunk(grouped, Encoding("segments", "zstd", 1 << 18), lengths=lengths)
     assert len(chunk) < 0.9 * sum(memoryview(plane).nbytes for plane in plain)

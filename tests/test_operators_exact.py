@@ -21,8 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deltafmt
-from deltafmt import MalformedError
-from deltafmt import gemm as deltafmt_gemm
+from deltafmt import MalformedError, native
 from deltafmt.dtypes import DTYPES
 from deltafmt.manifest import parse_manifest
 from deltafmt.operators import Facts, Lowrank, Operator, Rows, Scaled, Stored, Sum, Target
@@ -90,39 +89,47 @@ class Memory:
         raise KeyError(base)
 
 
+class Subject(Rebuilder):
+    """A rebuilder that can be made again: what it reads of factors depends on who multiplies them."""
+
+    def __init__(self, recipe: Operator, memory: Memory, target: Target) -> None:
+        super().__init__(recipe, memory, memory, target)
+        self._made_of = recipe, memory, target
+
+    def again(self) -> Subject:
+        """Another like it."""
+        return Subject(*self._made_of)
+
+
 def rebuilder(
     recipe: Operator, arrays: dict[str, tuple[str, Array]], dtype: str, shape: tuple[int, ...], wide: str = "F32"
-) -> Rebuilder:
+) -> Subject:
     memory = Memory(arrays)
     target = Target("x", DTYPES[dtype], shape, np.dtype(NUMPY[wide]))
     facts = recipe.infer(memory, target, "/x")
     assert facts.exact
     assert facts.shape == shape
-    return Rebuilder(recipe, memory, memory, target)
+    return Subject(recipe, memory, target)
 
 
 @contextmanager
-def multiplied_by(way: str) -> Iterator[None]:
-    """numpy, or torch with one or two threads."""
-    threads = torch.get_num_threads()
+def computed_by(way: str) -> Iterator[None]:
+    """The kernels, which are built where these tests run, or numpy."""
+    assert native.available()
     with pytest.MonkeyPatch.context() as patching:
         if way == "numpy":
-            patching.setattr(deltafmt_gemm, "installed_torch", lambda: None)
-        else:
-            torch.set_num_threads(int(way))
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+            patching.setattr(native, "LIBRARY", None)
+        yield
 
 
-def every_way(subject: Rebuilder, cuts: tuple[int, ...] = ()) -> Array:
+def every_way(subject: Subject, cuts: tuple[int, ...] = ()) -> Array:
     """The bits, which the reference and every other way of computing them agree on."""
     count = math.prod(subject.target.shape)
     expected = subject.reference(0, count)
     edges = [0, *sorted(min(cut, count) for cut in cuts), count]
-    for way in ("numpy", "1", "2"):
-        with multiplied_by(way):
+    for way in ("kernels", "numpy"):
+        with computed_by(way):
+            subject = subject.again()
             bits = np.empty(count, subject.dtype.bits)
             subject.read(0, count, bits)
             assert np.array_equal(bits, expected), way
@@ -330,6 +337,29 @@ def test_blocks_and_chunks_of_a_large_tensor() -> None:
     assert np.array_equal(found, bits_of(values, "BF16"))
 
 
+def integer_factors() -> tuple[Array, Array, Array]:
+    """Factors of which some products need every bit of float32, and their product, by integers."""
+    rng = np.random.default_rng(1)
+    a, b = (rng.integers(-most, most + 1, (4, size), np.int16) for most, size in ((4000, 400), (1000, 300)))
+    return a, b, b.astype(np.int64).T @ a.astype(np.int64)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_torch_multiplies_to_the_same(threads: int) -> None:
+    """Integer factors are exact in any product that keeps float32 as it is: that is what they are for."""
+    a, b, product = integer_factors()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = torch.from_numpy(b.astype(np.float32)).T @ torch.from_numpy(a.astype(np.float32))
+    finally:
+        torch.set_num_threads(before)
+    recipe = Lowrank(Stored("a"), Stored("b"))
+    ours = every_way(rebuilder(recipe, {"a": ("I16", a), "b": ("I16", b)}, "F32", product.shape))
+    assert np.array_equal(found.numpy(), product)
+    assert np.array_equal(ours.view(np.float32).reshape(product.shape), product)
+
+
 def _truncated(operand: torch.Tensor) -> torch.Tensor:
     """float32 as TF32: 10 bits behind the point, rounded to nearest, ties to even."""
     bits = operand.contiguous().view(torch.int32)
@@ -346,31 +376,19 @@ def _by_backend() -> None:
 
 
 @pytest.mark.parametrize("shorten", [_medium, _by_backend])
-def test_torch_is_not_used_while_it_may_shorten_operands(
-    monkeypatch: pytest.MonkeyPatch, shorten: Callable[[], None]
-) -> None:
-    """On a processor that has such a mode, simulated: other bits would come of it."""
-    rng = np.random.default_rng(1)
-    a, b = (rng.integers(-most, most + 1, (4, size), np.int16) for most, size in ((4000, 40), (1000, 30)))
-    w = (rng.standard_normal((30, 40)) * 2.0**-8).astype(np.float32)
-    arrays = {"w": ("F32", w), "a": ("I16", a), "b": ("I16", b)}
-    subject = rebuilder(Sum((Stored("w"), Lowrank(Stored("a"), Stored("b"), 2.0**-30))), arrays, "F32", w.shape)
-    expected = every_way(subject)
-    multiply = torch.Tensor.addmm_
-
-    def shortened(into: torch.Tensor, b: torch.Tensor, a: torch.Tensor, **scales: float) -> torch.Tensor:
-        return multiply(into, _truncated(b), _truncated(a), **scales)
-
-    monkeypatch.setattr(torch.Tensor, "addmm_", shortened)
-    found = np.empty_like(expected)
+def test_a_mode_that_shortens_operands_changes_nothing(shorten: Callable[[], None]) -> None:
+    """TF32 (here simulated) would give other bits, so whoever rebuilds with it switched on fails here."""
+    a, b, product = integer_factors()
+    left, right = torch.from_numpy(b.astype(np.float32)), torch.from_numpy(a.astype(np.float32))
+    assert not np.array_equal((_truncated(left).T @ _truncated(right)).numpy(), product)
+    subject = rebuilder(Lowrank(Stored("a"), Stored("b")), {"a": ("I16", a), "b": ("I16", b)}, "F32", product.shape)
+    found = np.empty(product.size, np.uint32)
     shorten()
     try:
         subject.read(0, found.size, found)
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert np.array_equal(found, expected)
-    subject.read(0, found.size, found)  # the mode is off, the processor does as it pleases
-    assert not np.array_equal(found, expected)
+    assert np.array_equal(found.view(np.float32).reshape(product.shape), product)
 
 
 # --- Sums, scaled, NaN ----------------------------------------------------------------------------------------------

@@ -64,22 +64,23 @@ def prediction(dtype: str) -> Computed:
 @given(st.integers(0, OUT * IN), st.integers(0, OUT * IN), st.sampled_from(["BF16", "F16"]))
 def test_any_part_is_predicted_by_the_book(one: int, other: int, dtype: str) -> None:
     lo, hi = sorted((one, other))
-    bits, keys, up = prediction(dtype).predicted(lo, hi, DTYPES[dtype], Groups("margin", (100,)))
+    groups = Groups("margin", tuple(range(80, 130, 2)))
+    bits, grouping = prediction(dtype).predicted(lo, hi, DTYPES[dtype], groups)
     wide = predicted_by_the_book(BASE).reshape(-1)[lo:hi]
     assert bits.tobytes() == wide.astype(NUMPY[dtype]).tobytes()
-    assert keys is not None and up is not None
+    assert grouping is not None and grouping.up is not None
     low_bits = 16 if dtype == "BF16" else 13
     patterns = wide.view(np.uint32).astype(np.int64)
     border = (patterns >> low_bits << low_bits) + (1 << (low_bits - 1))
     distance = wide.astype(np.float64) - border.astype(np.uint32).view(np.float32).astype(np.float64)
     exponents = np.where(distance == 0, 0, np.frexp(distance)[1] + 126)
-    assert keys.tolist() == exponents.tolist()
-    assert up.tolist() == (distance < 0).tolist()
+    assert grouping.numbers.tolist() == [sum(bound <= key for bound in groups.bounds) for key in exponents]
+    assert grouping.up.tolist() == (distance < 0).tolist()
 
 
 def test_without_groups_there_are_no_keys() -> None:
-    bits, keys, up = prediction("BF16").predicted(7, 900, DTYPES["BF16"], None)
-    assert (len(bits), keys, up) == (893, None, None)
+    bits, grouping = prediction("BF16").predicted(7, 900, DTYPES["BF16"], None)
+    assert (len(bits), grouping) == (893, None)
 
 
 def test_groups_tell_hits_from_misses() -> None:
@@ -93,10 +94,10 @@ def test_groups_tell_hits_from_misses() -> None:
     assert 0.01 < np.mean(near != bits) < 0.3
     groups = found.groups(near, DTYPES["BF16"], 1 << 18)
     assert groups is not None and groups.by == "margin"
-    _, keys, _ = found.predicted(0, near.size, DTYPES["BF16"], groups)
-    assert keys is not None
+    _, grouping = found.predicted(0, near.size, DTYPES["BF16"], groups)
+    assert grouping is not None
     missed = near != bits
-    close = keys < groups.bounds[0]
+    close = grouping.numbers == 0
     assert missed[close].mean() > 5 * missed[~close].mean()
 
 
@@ -106,13 +107,15 @@ def test_a_reference_is_converted(like: str, dtype: str) -> None:
     base = normal(5000, dtype=like)
     kind = DTYPES[dtype]
     found = Referred(REF, DTYPES[like], elements(base).bits)
-    bits, keys, _ = found.predicted(100, 300, kind, Groups("exponent", (50,)))
+    groups = Groups("exponent", (10, 50, 100, 120, 121, 1015))
+    bits, grouping = found.predicted(100, 300, kind, groups)
     expected = base[100:300].astype(np.float64).astype(NUMPY[dtype])
     assert bits.tobytes() == expected.tobytes()
-    assert keys is not None
+    assert grouping is not None
     nonzero = expected.astype(np.float64)
     bias = {"BF16": 126, "F32": 126, "F16": 14, "F64": 1022}[dtype]
-    assert keys.tolist() == np.maximum(np.frexp(nonzero)[1] + bias, 0).tolist()
+    keys = np.maximum(np.frexp(nonzero)[1] + bias, 0)
+    assert grouping.numbers.tolist() == [sum(bound <= key for bound in groups.bounds) for key in keys]
 
 
 def test_few_elements_and_integers_are_not_grouped() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,6 @@ import numpy.typing as npt
 import pytest
 
 import deltafmt
-from deltafmt import gemm as deltafmt_gemm
 from deltafmt.sources import open_archive
 from hostile import ZEROS, Json, Tensor, derived, edit, f32, lowrank, patch, ref, stored, sum_of, write_checkpoint
 
@@ -21,6 +19,8 @@ NUMPY: dict[str, npt.DTypeLike] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF
 
 
 # --- 27: patches, by hand in Python's integers ----------------------------------------------------------------------
+
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def _patched(prediction: int, residual: int, width: int, is_float: bool) -> int:
@@ -116,16 +116,6 @@ def _random(dtype: str, *shape: int, seed: int, spread: float = 1.0) -> Tensor:
     return Tensor(dtype, shape, values.astype(NUMPY[dtype]).tobytes())
 
 
-@pytest.fixture(params=["numpy", "torch"])
-def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Both matrix products of the fast path."""
-    if request.param == "torch":
-        assert deltafmt_gemm.installed_torch() is not None
-    else:
-        monkeypatch.setattr(deltafmt_gemm, "installed_torch", lambda: None)
-    yield request.param
-
-
 def _case(root: Path, dtype: str, factor: str, base: str, shape: tuple[int, ...], rank: int, scale: float) -> Case:
     rows, columns = shape[0], int(np.prod(shape[1:]))
     parts = {
@@ -171,7 +161,7 @@ def _case(root: Path, dtype: str, factor: str, base: str, shape: tuple[int, ...]
     ],
 )
 def test_28_the_fast_path_stays_within_its_bound(
-    tmp_path: Path, product: str, dtype: str, factor: str, base: str, shape: tuple[int, ...], rank: int, scale: float
+    tmp_path: Path, dtype: str, factor: str, base: str, shape: tuple[int, ...], rank: int, scale: float
 ) -> None:
     case = _case(tmp_path, dtype, factor, base, shape, rank, scale)
     # Rounding is monotone: a value within the bound lies, rounded, between the rounded bounds.
@@ -182,7 +172,7 @@ def test_28_the_fast_path_stays_within_its_bound(
     assert np.all((case.fast >= low) & (case.fast <= high))
 
 
-def test_28_any_range_of_a_bounded_tensor(tmp_path: Path, product: str) -> None:
+def test_28_any_range_of_a_bounded_tensor(tmp_path: Path) -> None:
     """Pieces of any size agree with the whole to within the bound, so a slice is not another model."""
     parts = {
         "w": _random("F32", 30, 20, seed=1),

@@ -19,6 +19,8 @@ from hostile import Json
 
 INTEGERS = ("U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64")
 
+pytestmark = pytest.mark.usefixtures("way")
+
 
 def words(*values: int) -> bytes:
     return struct.pack(f"<{len(values)}I", *values)

@@ -18,6 +18,8 @@ VALID = sorted(path.parent for path in (VECTORS / "valid").glob("*/case.json"))
 INVALID = sorted(path.parent for path in (VECTORS / "invalid").glob("*/case.json"))
 FLOATS = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
+pytestmark = pytest.mark.usefixtures("way")
+
 
 def content(case: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((case / "case.json").read_text("utf-8"))

@@ -138,7 +138,7 @@ def smollm2_blocks(dst: Path) -> Path:
 
 def large_matrix(dst: Path) -> Path:
     """One random bf16 matrix of 4096 x 4096."""
-    write_checkpoint(dst, [synthetic.normal("model.layers.0.mlp.up_proj.weight", (SIDE, SIDE), [0])])
+    write_checkpoint(dst, [synthetic.normal("model.layers.0.mlp.up_proj.weight", (SIDE, SIDE), [1, SIDE])])
     return dst
 
 

@@ -1,7 +1,7 @@
 """Filters: the elements of a chunk <-> byte planes (spec/encodings/planes.md, float-planes.md).
 
-Split halves the width again and again (8 -> 4 -> 2 -> 1 bytes), merge doubles it: widening and narrowing is vectorised
-by numpy, strided byte copies are not (measured on 4-byte elements: 6.9 against 3.2 GB/s).
+The kernels do it in one pass. Without them, split halves the width again and again (8 -> 4 -> 2 -> 1 bytes), merge
+doubles it: widening and narrowing is vectorised by numpy, strided byte copies are not.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from .. import native
 from ..dtypes import Bits
 from ..scratch import scratch
 
@@ -27,6 +28,8 @@ def split(bits: Bits, floats: bool, out: Sequence[Plane]) -> None:
     """
     if bits.itemsize == 1:
         np.copyto(out[0], bits)
+    elif native.available():
+        native.split_planes(bits, floats, out)
     elif bits.itemsize == 2 and floats:
         _split_float(bits, out[0], out[1])
     else:
@@ -41,6 +44,8 @@ def merge(planes: Sequence[Plane], floats: bool, out: Bits) -> None:
     half = out.itemsize // 2
     if half == 0:
         np.copyto(out, planes[0])
+    elif native.available():
+        native.merge_planes(planes, floats, out)
     elif half == 1 and floats:
         _merge_float(planes[0], planes[1], out)
     elif half == 1:

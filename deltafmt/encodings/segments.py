@@ -7,11 +7,12 @@ coded by it; and each segment has its own code table, so that what is known of i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import native
 from ..dtypes import Bits
 from ..errors import MalformedError
 from ..scratch import scratch
@@ -25,17 +26,26 @@ _MOST = 65_536  # segments of a chunk
 _LOW_BITS = (1, 2, 4, 8)
 _SAMPLE = 4096  # elements that are coded in every way to find the best: the tables of the others are lost on them
 _WORD = np.dtype("<u4")
+_PROBLEMS: dict[native.Problem, str] = {
+    "bits left over": "bits behind the last symbol of a segment",
+    "too large": "an element of a segment that is too large",
+}
 
 
-class _Segment(NamedTuple):
-    """One segment as the directory has it."""
+class _Kind(NamedTuple):
+    """How one segment is packed."""
 
     elements: int
     low_bits: int
-    stored: list[int]  # of each plane
+    planes: int
 
     def plane_size(self, index: int) -> int:
         return -(-self.elements * self.low_bits // 8) if index == 0 else self.elements
+
+
+def _columns(kinds: Sequence[_Kind]) -> tuple[list[int], list[int], list[int]]:
+    """Elements, low bits and planes of each segment."""
+    return [kind.elements for kind in kinds], [kind.low_bits for kind in kinds], [kind.planes for kind in kinds]
 
 
 # Writing
@@ -68,25 +78,50 @@ def best_low_bits(chunks: Sequence[tuple[Bits, Sequence[int]]], signed: bool, ef
 
 
 def _encode(values: Bits, lengths: Sequence[int], low_bits: Sequence[int]) -> bytes:
-    directory: list[int] = []
-    data: list[Any] = []
-    begin = 0
-    for count, bits in zip(lengths, low_bits, strict=True):
-        if count > 0:
-            segment, planes = _encode_segment(values[begin : begin + count], bits)
-            directory += segment.elements, segment.low_bits + 256 * len(segment.stored), *segment.stored
-            data += planes
-            begin += count
-    words = np.array([sum(count > 0 for count in lengths), *directory], _WORD)
-    return b"".join([words.tobytes(), *data])
+    kinds = _kinds(values, lengths, low_bits)
+    planes = [_stored(plane) for plane in _split(values, kinds)]
+    directory: list[int] = [len(kinds)]
+    sizes = (len(plane) for plane in planes)
+    for kind in kinds:
+        directory += kind.elements, kind.low_bits + 256 * kind.planes, *islice(sizes, kind.planes)
+    return b"".join([np.array(directory, _WORD).tobytes(), *planes])
 
 
-def _encode_segment(values: Bits, low_bits: int) -> tuple[_Segment, list[Any]]:
-    if values.max() == 0:
-        return _Segment(values.size, 1, []), []
-    low_bits = low_bits or _best_low_bits(values)
-    planes = [_stored(plane) for plane in _planes(values, low_bits)]
-    return _Segment(values.size, low_bits, [len(plane) for plane in planes]), planes
+def _kinds(values: Bits, lengths: Sequence[int], low_bits: Sequence[int]) -> list[_Kind]:
+    """How each segment that is not empty is packed."""
+    ends = list(accumulate(lengths))
+    kinds: list[_Kind] = []
+    for end, count, bits, most in zip(ends, lengths, low_bits, _maxima(values, lengths), strict=True):
+        if most > 0:
+            known = bits or _best_low_bits(values[end - count : end])
+            kinds.append(_Kind(count, known, 1 + max(-(-(most.bit_length() - known) // 8), 0)))
+        elif count > 0:
+            kinds.append(_Kind(count, 1, 0))
+    return kinds
+
+
+def _maxima(values: Bits, lengths: Sequence[int]) -> list[int]:
+    """Of each segment a number as many bits long as its largest."""
+    if native.available():
+        return native.segment_maxima(values, lengths)
+    parts = np.split(values, list(accumulate(lengths))[:-1])
+    return [int(part.max(initial=0)) for part in parts]
+
+
+def _split(values: Bits, kinds: Sequence[_Kind]) -> Iterator[Plane]:
+    """The planes of all segments, each valid until the next is asked for."""
+    if native.available():
+        sizes = [kind.plane_size(index) for kind in kinds for index in range(kind.planes)]
+        room = scratch("segment planes", np.uint8, sum(sizes))
+        native.split_segments(values, *_columns(kinds), room)
+        for end, size in zip(accumulate(sizes), sizes, strict=True):
+            yield room[end - size : end]
+    else:
+        begin = 0
+        for kind in kinds:
+            if kind.planes:
+                yield from _planes(values[begin : begin + kind.elements], kind.low_bits)
+            begin += kind.elements
 
 
 def _best_low_bits(values: Bits, effort: int = 1) -> int:
@@ -98,7 +133,9 @@ def _best_low_bits(values: Bits, effort: int = 1) -> int:
     if few and values.max() == 0:
         return 0
     # Of many that are not zero, the lowest bit by itself is as good as random.
-    ways = _LOW_BITS if few or sample.max() == 1 else _LOW_BITS[1:]
+    ways: Sequence[int] = _LOW_BITS if few or sample.max() == 1 else _LOW_BITS[1:]
+    if 2 * np.count_nonzero(sample >> 2) > sample.size:
+        ways = _LOW_BITS[2:]  # nor are the two lowest of many that are larger
     sizes = {bits: sum(len(zstd.compress(plane)) for plane in _planes(sample, bits)) for bits in ways}
     return min(sizes, key=sizes.__getitem__)
 
@@ -150,61 +187,72 @@ def _fold(bits: Bits) -> Bits:
 
 def decode(stored: Plane, signed: bool, out: Bits, where: str) -> None:
     """Undo `encode`: one chunk into `out`, `[m]` elements. Raises `MalformedError` (reason `chunk-size`)."""
-    segments, position = _directory(stored, out, where)
-    least = scratch("segment low bits", np.uint8, out.size)
-    begin = 0
-    high: list[tuple[int, int, int, Plane]] = []
-    for segment in segments:
-        end = begin + segment.elements
-        if not segment.stored:
-            least[begin:end] = 0
-        for index, length in enumerate(segment.stored):
-            size = segment.plane_size(index)
-            plane = zstd.decompress(stored[position : position + length], size, where)
-            position += length
-            if index == 0:
-                _unpack(plane, segment.low_bits, least[begin:end], where)
-            else:
-                high.append((begin, end, segment.low_bits + 8 * (index - 1), plane))
-        begin = end
-    np.copyto(out, least)
-    for begin, end, shift, plane in high:
-        _raise(plane, shift, out[begin:end], where)
+    kinds, lengths, position = _directory(stored, out, where)
+    sizes = (kind.plane_size(index) for kind in kinds for index in range(kind.planes))
+    planes: list[Plane] = []
+    for length, size in zip(lengths, sizes, strict=True):
+        planes.append(zstd.decompress(stored[position : position + length], size, where))
+        position += length
+    if native.available():
+        problem = native.merge_segments(planes, *_columns(kinds), out)
+        if problem is not None:
+            raise _bad(where, _PROBLEMS[problem])
+    else:
+        _merge(planes, kinds, out, where)
     if signed:
         _unfold(out)
 
 
-def _directory(stored: Plane, out: Bits, where: str) -> tuple[list[_Segment], int]:
-    """The segments, and where their planes begin. All sizes are checked here, before anything is made of them."""
+def _merge(planes: Sequence[Plane], kinds: Sequence[_Kind], out: Bits, where: str) -> None:
+    rest, begin = iter(planes), 0
+    for kind in kinds:
+        part = out[begin : begin + kind.elements]
+        begin += kind.elements
+        if kind.planes == 0:
+            part[:] = 0
+            continue
+        least = scratch("segment low bits", np.uint8, kind.elements)
+        _unpack(next(rest), kind.low_bits, least, where)
+        np.copyto(part, least)
+        for index, plane in enumerate(islice(rest, kind.planes - 1)):
+            _raise(plane, kind.low_bits + 8 * index, part, where)
+
+
+def _directory(stored: Plane, out: Bits, where: str) -> tuple[list[_Kind], list[int], int]:
+    """The segments, the length of each of their planes, and where these begin.
+
+    All sizes are checked here, before anything is made of them.
+    """
     whole = stored[: stored.size // 4 * 4].view(_WORD)
     left = int(whole[0]) if whole.size and whole[0] <= _MOST else -1
     words = whole[: 1 + max(left, 0) * (3 + out.itemsize)].tolist()
-    segments: list[_Segment] = []
-    elements = planes = 0
-    position = 1
+    kinds: list[_Kind] = []
+    lengths: list[int] = []
+    elements, position = 0, 1
     while left > 0 and position + 2 <= len(words):
         count, kind = words[position : position + 2]
         number, low_bits = kind >> 8, kind & 0xFF
-        sizes = words[position + 2 : position + 2 + number] if number <= out.itemsize + 1 else []
-        if low_bits not in _LOW_BITS or len(sizes) != number or (number == 0 and low_bits != 1):
+        of_planes = words[position + 2 : position + 2 + number] if number <= out.itemsize + 1 else []
+        if low_bits not in _LOW_BITS or len(of_planes) != number or (number == 0 and low_bits != 1):
             break
-        segments.append(_Segment(count, low_bits, sizes))
-        elements, planes, position = elements + count, planes + sum(sizes), position + 2 + number
+        kinds.append(_Kind(count, low_bits, number))
+        lengths += of_planes
+        elements, position = elements + count, position + 2 + number
         left = left - 1 if count > 0 and elements <= out.size else -1
     if left != 0:
         raise _bad(where, "a directory of segments that makes no sense")
     if elements != out.size:
         raise _bad(where, "segments of other elements in all", out.size, elements)
-    if 4 * position + planes != stored.size:
-        raise _bad(where, "segments of another length in all", stored.size, 4 * position + planes)
-    return segments, 4 * position
+    if 4 * position + sum(lengths) != stored.size:
+        raise _bad(where, "segments of another length in all", stored.size, 4 * position + sum(lengths))
+    return kinds, lengths, 4 * position
 
 
 def _unpack(packed: Plane, bits: int, out: Plane, where: str) -> None:
     """Undo `_pack`, and check that the bits left over are 0."""
     used = out.size * bits % 8
     if used and packed[-1] >> used:
-        raise _bad(where, "bits behind the last symbol of a segment")
+        raise _bad(where, _PROBLEMS["bits left over"])
     if bits == 8:
         np.copyto(out, packed)
     elif bits == 1:
@@ -226,7 +274,7 @@ def _raise(plane: Plane, shift: int, out: Bits, where: str) -> None:
     """Put one byte of each element where it belongs, and check that none has bits beyond the width."""
     room = 8 * out.itemsize - shift
     if room < 8 and plane.max() >> room:
-        raise _bad(where, "an element of a segment that is too large")
+        raise _bad(where, _PROBLEMS["too large"])
     if room > 0:
         wide = scratch("segment raised", out.dtype, out.size)
         np.copyto(wide, plane)

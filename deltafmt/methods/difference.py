@@ -15,7 +15,7 @@ import numpy as np
 from ..checkpoint import TensorInfo
 from ..dtypes import DTYPES, Bits, Dtype, round_to, widen
 from ..encodings import compressed
-from ..gemm import add_product
+from ..gemm import Product
 from ..operators.base import Wide
 from .lossless import Coding
 from .prediction import Referred
@@ -151,16 +151,16 @@ class Difference:
 
         Not finite if a rebuilt value is not.
         """
-        a, b = factors.values(self.accumulator)
+        product = Product(*factors.values(self.accumulator)) if factors.rank else None
         difference = 0.0
         with np.errstate(over="ignore", invalid="ignore"):
             for part in self._blocks():
                 wide = np.zeros(len(self.bits[part]), self.accumulator)
                 if self.reference is not None:
                     wide[:] = widen(self.reference.bits[part], self.reference.dtype, self.accumulator)
-                if factors.rank:
-                    rows = slice(part.start // self.in_, part.stop // self.in_)
-                    add_product(wide.reshape(-1, self.in_), b[:, rows], a, first=self.reference is None)
+                if product is not None:
+                    first = self.reference is None
+                    product.add(wide.reshape(-1, self.in_), part.start // self.in_, 0, first)
                 rebuilt = self._doubles(round_to(wide, self.info.dtype))
                 difference += float(np.sum(np.square(rebuilt - self._doubles(self.bits[part]))))
         own = self.energy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,13 @@ import numpy.typing as npt
 from ..dtypes import Bits
 from ..operators.groups import LARGEST_BOUND, MOST_BOUNDS, Keys
 
-_GROUP_BYTES = 40  # what one more group takes in a chunk: its part of the directory, frames and code tables
-_TIME_BYTES = 1 / 600  # for each element: what a group has to save, as a reader has to search for it
+_BY_EXPONENT, _BY_MARGIN = 120, 40
+"""Bytes that one more group takes in a chunk: its part of the directory, frames, code tables. Of the many zeros in a
+group by margin there is little to code."""
 _ZERO = 253  # one less than the top 10 bits of 1.0 as a float32
 _LEARNT = 0.72  # bits: by so much each frequency that is learnt from a sample makes its entropy too small (Miller 1955)
+
+_AT_ONCE = 1 << 16  # numbers: what is computed for several groups in one step stays in the cache
 
 Float64 = npt.NDArray[np.float64]
 
@@ -34,14 +37,8 @@ def exponent_bounds(keys: Keys, residuals: Bits, elements: int) -> tuple[int, ..
     counts = np.pad(counts, (0, -counts.size % most)).reshape(-1, most)
     values = np.flatnonzero(counts.any(axis=1))
     sums = _sums(counts[values][:, counts.any(axis=0)])
-
-    def bits(end: int) -> Float64:
-        inside = sums[end] - sums[:end]
-        learnt = _LEARNT * np.count_nonzero(inside, axis=1)
-        return np.asarray(_weighted(inside.sum(axis=1)) - _weighted(inside).sum(axis=1) + learnt)
-
-    costs = [elements / keys.size / 8 * bits(end) for end in range(1, len(values) + 1)]
-    return _cheapest(values, costs, _GROUP_BYTES + _TIME_BYTES * elements)
+    bits = _bits_of_groups(sums, _LEARNT)
+    return _cheapest(values, [elements / keys.size / 8 * of_each for of_each in bits], _BY_EXPONENT)
 
 
 def margin_bounds(keys: Keys, missed: npt.NDArray[np.bool_], elements: int) -> tuple[int, ...]:
@@ -55,16 +52,27 @@ def margin_bounds(keys: Keys, missed: npt.NDArray[np.bool_], elements: int) -> t
     values, which = np.unique(keys, return_inverse=True)
     misses = np.bincount(which, weights=missed)
     sums = _sums(np.stack([np.bincount(which) - misses, misses], axis=1))
-
-    def bits(end: int) -> Float64:
-        inside = sums[end] - sums[:end]
-        return np.asarray(_weighted(inside.sum(axis=1)) - _weighted(inside).sum(axis=1))
-
-    costs = [elements / max(keys.size, 1) / 8 * bits(end) for end in range(1, len(values) + 1)]
-    return _cheapest(values, costs, _GROUP_BYTES)
+    bits = _bits_of_groups(sums, 0)
+    return _cheapest(values, [elements / max(keys.size, 1) / 8 * of_each for of_each in bits], _BY_MARGIN)
 
 
-def _cheapest(values: npt.NDArray[Any], costs: Sequence[Float64], group_bytes: float) -> tuple[int, ...]:
+def _bits_of_groups(sums: Float64, learnt: float) -> Iterator[Float64]:
+    """For each end of 1 to `n`: the entropy of the values from each begin before it, `[end]`; several ends at a time.
+
+    Args:
+        sums: `[n + 1, kinds]`, how many of each kind there are in the first so many values.
+        learnt: bits to add for each kind that is there.
+    """
+    count, kinds = len(sums) - 1, sums.shape[1]
+    step = max(_AT_ONCE // ((count + 1) * kinds), 1)
+    for first in range(1, count + 1, step):
+        ends = np.arange(first, min(first + step, count + 1))
+        inside = np.maximum(sums[ends, None] - sums[None, : ends[-1]], 0)
+        bits = _weighted(inside.sum(axis=2)) - _weighted(inside).sum(axis=2) + learnt * np.count_nonzero(inside, axis=2)
+        yield from (of_each[:end] for of_each, end in zip(bits, ends, strict=True))
+
+
+def _cheapest(values: npt.NDArray[Any], costs: Sequence[Float64], group_bytes: int) -> tuple[int, ...]:
     """The bounds that cost the fewest bytes: a shortest path over all of them.
 
     Args:

@@ -70,10 +70,10 @@ class Coding:
         elements = self.bits[lo:hi]
         if self.prediction is None:
             return elements, None
-        predicted, keys, up = self.prediction.predicted(lo, hi, self.dtype, self.groups)
-        if self.groups is None or keys is None:
+        predicted, grouping = self.prediction.predicted(lo, hi, self.dtype, self.groups)
+        if self.groups is None or grouping is None:
             return difference(elements, predicted, self.dtype), None
-        return difference_in_groups(self.groups, keys, up, elements, predicted, self.dtype)
+        return difference_in_groups(self.groups, grouping, elements, predicted, self.dtype)
 
     def encode(self) -> None:
         """Encode every chunk now, to be handed out by `chunk` later."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -11,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..digests import digest
-from ..dtypes import SILENT, Bits, Dtype, Shape
+from ..dtypes import SILENT, Bits, Dtype, Shape, round_to
 from ..encodings import Encoding, compressed, encode_chunk, integers
 from ..gemm import round_wide
 from ..operators import Facts, Operator, Ref, Rows, Stored, Target, Value
-from ..operators.base import Read
-from ..operators.groups import Groups, Keys, Up, exponents, margins
+from ..operators.base import Read, Wide
+from ..operators.groups import Grouping, Groups, exponents, margins
 from ..operators.patch import cast, difference
 from ..scratch import borrowed, scratch
 from ..writer import ArchiveWriter
@@ -44,7 +45,7 @@ class Prediction(ABC):
         return 0
 
     @abstractmethod
-    def predicted(self, lo: int, hi: int, dtype: Dtype, groups: Groups | None) -> tuple[Bits, Keys | None, Up | None]:
+    def predicted(self, lo: int, hi: int, dtype: Dtype, groups: Groups | None) -> tuple[Bits, Grouping | None]:
         """The prediction of elements `[lo, hi)` in `dtype`, with what `groups` needs of it; valid until asked again."""
 
     @abstractmethod
@@ -71,9 +72,9 @@ class Referred(Prediction):
     bits: Bits
     resized: bool = False
 
-    def predicted(self, lo: int, hi: int, dtype: Dtype, groups: Groups | None) -> tuple[Bits, Keys | None, Up | None]:
+    def predicted(self, lo: int, hi: int, dtype: Dtype, groups: Groups | None) -> tuple[Bits, Grouping | None]:
         bits = cast(self.bits[lo:hi], self.dtype, dtype)
-        return bits, None if groups is None else exponents(bits, dtype), None
+        return bits, None if groups is None else groups.of_exponents(bits, dtype)
 
     def groups(self, bits: Bits, dtype: Dtype, chunk: int) -> Groups | None:
         """By exponent: on it depends how many last places a change of some size is."""
@@ -122,21 +123,31 @@ class Computed(Prediction):
         planes = (plane for chunks in self._stored.values() for chunk in chunks for plane in chunk)
         return len(self._arrays) * _ENTRY_BYTES + 8 * tables + sum(memoryview(plane).nbytes for plane in planes)
 
-    def predicted(self, lo: int, hi: int, dtype: Dtype, groups: Groups | None) -> tuple[Bits, Keys | None, Up | None]:
+    def predicted(self, lo: int, hi: int, dtype: Dtype, groups: Groups | None) -> tuple[Bits, Grouping | None]:
         bits = scratch("predicted", dtype.bits, hi - lo)
+        if groups is None:
+            self._value.rounded(lo, hi, self._target.accumulator, dtype, bits)
+            return bits, None
+        with self._wide(lo, hi) as values:
+            round_wide(values, dtype, bits)
+            return bits, groups.of_margins(values, dtype)
+
+    @contextmanager
+    def _wide(self, lo: int, hi: int) -> Iterator[Wide]:
+        """The prediction of elements `[lo, hi)` before it is rounded."""
         with borrowed(self._target.accumulator, hi - lo) as values:
             with np.errstate(**SILENT):
                 self._value.accumulate(lo, hi, values, first=True)
-            round_wide(values, dtype, bits)
-            return (bits, None, None) if groups is None else (bits, *margins(values, dtype))
+            yield values
 
     def groups(self, bits: Bits, dtype: Dtype, chunk: int) -> Groups | None:
         """By margin: as many as pay, by the misses in a sample."""
         size = min(_SAMPLE // self._target.row * self._target.row or self._target.row, bits.size)
         begin = (bits.size - size) // 2 // self._target.row * self._target.row
-        predicted, keys, _ = self.predicted(begin, begin + size, dtype, Groups("margin", (1,)))
-        assert keys is not None
-        bounds = margin_bounds(keys, predicted != bits[begin : begin + size], min(chunk, bits.size))
+        with self._wide(begin, begin + size) as values:
+            predicted = round_to(values, dtype, signed_nan=False)
+            keys, _ = margins(values, dtype)
+            bounds = margin_bounds(keys, predicted != bits[begin : begin + size], min(chunk, bits.size))
         return Groups("margin", bounds) if bounds else None
 
     def write(self, name: str, writer: ArchiveWriter) -> Operator:

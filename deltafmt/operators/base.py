@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..dtypes import Bits, Dtype, Shape
+from ..dtypes import SILENT, Bits, Dtype, Shape
 from ..errors import MalformedError
-from ..gemm import widen_into
+from ..gemm import OntoBf16, round_wide, widen_into
 from ..scratch import aligned, borrowed
 from ..strictjson import Fields
 
@@ -103,6 +103,24 @@ class Value(ABC):
         with borrowed(self.facts.dtype.bits, hi - lo) as bits:
             self.bits(lo, hi, bits)
             widen_into(bits, self.facts.dtype, into)
+
+    def rounded(self, lo: int, hi: int, accumulator: np.dtype[Any], dtype: Dtype, out: Bits) -> None:
+        """Put elements `[lo, hi)` into `out`, in the accumulation type and then rounded to bits of `dtype`."""
+        with borrowed(accumulator, hi - lo) as values:
+            with np.errstate(**SILENT):
+                self.accumulate(lo, hi, values, first=True)
+            round_wide(values, dtype, out)
+
+    def bf16_and_product(self, lo: int, hi: int) -> tuple[Value, OntoBf16] | None:
+        """A bf16 node and what is to be added to it, if elements `[lo, hi)` of this one are that sum and nothing else.
+
+        There are kernels that do so in one pass, to the same result.
+        """
+        return None
+
+    def onto_bf16(self, lo: int, hi: int) -> OntoBf16 | None:
+        """What adds elements `[lo, hi)` to bf16 values in one pass; None if there is no such way."""
+        return None
 
     def reference(self, lo: int, hi: int, accumulator: np.dtype[Any]) -> Wide:
         """The same values by the ordered reference of spec/arithmetic.md."""

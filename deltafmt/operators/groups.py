@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from .. import native
 from ..dtypes import DTYPES, Bits, Dtype
 from ..errors import MalformedError
+from ..gemm import OntoBf16
 from ..scratch import scratch
 from ..strictjson import Fields
 from .base import Wide
@@ -20,11 +20,11 @@ from .base import Wide
 KINDS = ("exponent", "margin")
 MOST_BOUNDS = 255
 LARGEST_BOUND = 2047
-_FEW = 8  # bounds up to which it is faster to search for one group after the other
 _MANTISSA_BITS = {4: 23, 8: 52}  # of float32 and float64
+_EXPONENT_BITS = {"F64": 11, "F16": 5}  # of the others 8
 
 Keys = npt.NDArray[Any]  # uint8 or uint16
-Index = npt.NDArray[np.intp]
+Numbers = npt.NDArray[np.uint8]
 Up = npt.NDArray[np.bool_]  # whether a miss lies on the greater side, if there is one
 
 
@@ -62,28 +62,48 @@ class Groups:
     def count(self) -> int:
         return len(self.bounds) + 1
 
-    def lengths(self, keys: Keys) -> list[int]:
-        """Elements in each group."""
-        below = [int(np.count_nonzero(keys < bound)) for bound in self.bounds]
-        return [end - begin for begin, end in pairwise([0, *below, keys.size])]
+    def of_exponents(self, bits: Bits, dtype: Dtype) -> Grouping:
+        """By the exponents of a prediction, `[m]`; valid until another grouping is asked for."""
+        numbers = scratch("group numbers", np.uint8, bits.size)
+        if native.available():
+            mask = (1 << _EXPONENT_BITS.get(dtype.name, 8)) - 1
+            native.exponent_groups(bits, dtype.mantissa_bits, mask, self._bounds, numbers)
+        else:
+            np.take(self._bounds.table, exponents(bits, dtype), out=numbers, mode="clip")
+        return Grouping(numbers, None)
 
-    def places(self, keys: Keys, needed: int | None = None) -> Iterator[Index]:
-        """Where the elements stand in the flat order, in the grouped order, piece by piece.
+    def of_margins(self, values: Wide, dtype: Dtype) -> Grouping:
+        """By the margins of a prediction before it is rounded to `dtype`, `[m]`; valid as `of_exponents` is."""
+        numbers = scratch("group numbers", np.uint8, values.size)
+        if native.available():
+            up: Up = scratch("group up", np.bool_, values.size)
+            native.margin_groups(values, margin_bits(values.dtype, dtype), self._bounds, numbers, up)
+        else:
+            keys, up = margins(values, dtype)
+            np.take(self._bounds.table, keys, out=numbers, mode="clip")
+        return Grouping(numbers, up)
 
-        Only the groups that begin before `needed`, if it is given.
+    def of_product(self, product: OntoBf16, bits: Bits) -> Grouping:
+        """Add a product to bf16 values, `[m]`, in place, and group the sums by margin before they are rounded."""
+        numbers = scratch("group numbers", np.uint8, bits.size)
+        up: Up = scratch("group up", np.bool_, bits.size)
+        product.add_with_margins(bits, self._bounds, numbers, up)
+        return Grouping(numbers, up)
 
-        A search for one group takes 0.6 ns for each element that there is, a stable sort of small integers, which is a
-        radix sort in numpy, 4 ns.
-        """
-        bounds = self.bounds
-        among: Index | None = None  # where `keys` stand in the flat order, once there are fewer of them
-        if needed is not None and needed < keys.size:
-            enough = bisect_left(bounds, needed, key=lambda bound: int(np.count_nonzero(keys < bound)))
-            if enough < len(bounds):
-                among = np.flatnonzero(keys < bounds[enough])
-                keys, bounds = keys[among], bounds[:enough]
-        for places in _places(keys, bounds):
-            yield places if among is None else among[places]
+    @cached_property
+    def _bounds(self) -> native.Bounds:
+        return native.Bounds(self.bounds)
+
+
+class Grouping(NamedTuple):
+    """The group of each element, `[m]`, and, by margin, whether a miss lies on the greater side."""
+
+    numbers: Numbers
+    up: Up | None
+
+    def order(self) -> npt.NDArray[np.intp]:
+        """Where the elements stand in the flat order, in the grouped order."""
+        return np.argsort(self.numbers, kind="stable")
 
 
 def exponents(bits: Bits, dtype: Dtype) -> Keys:
@@ -92,49 +112,9 @@ def exponents(bits: Bits, dtype: Dtype) -> Keys:
     np.right_shift(bits, dtype.mantissa_bits, out=field)
     keys: Keys = scratch("group keys", np.uint16 if dtype.name == "F64" else np.uint8, bits.size)
     np.copyto(keys, field, casting="unsafe")
-    if exponent_bits := {"F64": 11, "F16": 5}.get(dtype.name):  # of the others, the sign is gone already
+    if exponent_bits := _EXPONENT_BITS.get(dtype.name):  # of the others, the sign is gone already
         np.bitwise_and(keys, (1 << exponent_bits) - 1, out=keys)
     return keys
-
-
-def _places(keys: Keys, bounds: Sequence[int]) -> Iterator[Index]:
-    if len(bounds) < _FEW:
-        for members in _members(keys, bounds):
-            yield np.flatnonzero(members)
-    else:
-        yield np.argsort(_numbers(keys, bounds), kind="stable")
-
-
-def _members(keys: Keys, bounds: Sequence[int]) -> Iterator[npt.NDArray[np.bool_]]:
-    """For each group, which elements are in it."""
-    for least, bound in pairwise([None, *bounds, None]):
-        if least is None:
-            yield np.ones(keys.size, np.bool_) if bound is None else np.less(keys, bound)
-        elif bound is None:
-            yield np.greater_equal(keys, least)
-        elif bound == least + 1:
-            yield np.equal(keys, least)
-        else:
-            yield np.greater_equal(keys, least) & np.less(keys, bound)
-
-
-def _numbers(keys: Keys, bounds: Sequence[int]) -> Keys:
-    """Numbers in the order of the groups, the same within each; valid until this is called again.
-
-    Bounds by exponent mostly end in a row of neighbours: there the key itself will do.
-    """
-    bounds = [bound for bound in bounds if bound <= np.iinfo(keys.dtype).max]
-    if not bounds:
-        return np.zeros_like(keys)
-    row = len(bounds) - 1
-    while row > 0 and bounds[row - 1] == bounds[row] - 1:
-        row -= 1
-    numbers: Keys = np.clip(keys, bounds[row] - 1, bounds[-1], out=scratch("group numbers", keys.dtype, keys.size))
-    below = scratch("group below", np.bool_, keys.size)
-    for bound in bounds[:row]:
-        np.less(keys, bound, out=below)
-        np.subtract(numbers, below.view(np.uint8), out=numbers)
-    return numbers
 
 
 def margin_bits(accumulator: np.dtype[Any], dtype: Dtype) -> int:

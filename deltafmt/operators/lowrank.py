@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,9 +17,8 @@ import numpy.typing as npt
 
 from ..dtypes import DTYPES
 from ..errors import MalformedError
-from ..gemm import add_product
+from ..gemm import OntoBf16, Product
 from ..names import escaped
-from ..scratch import aligned, borrowed
 from ..strictjson import Fields
 from .base import Facts, Operator, Scope, Source, Target, Value, Wide, misfit, whole
 
@@ -115,12 +114,6 @@ def _largest_square(factor: Integers) -> int:
     return (int(top) << 32) + int(low[high == top].max(initial=0))
 
 
-def _may_vanish(a: Integers, b: Integers) -> bool:
-    """Whether an element can be a sum of nothing but zeros: -0 then, in a product that does not start from +0."""
-    zeros = (int(np.count_nonzero(factor == 0, axis=0).max(initial=0)) for factor in (a, b))
-    return sum(zeros) >= len(a)
-
-
 class _Lowrank(Value):
     def __init__(self, node: Lowrank, a: Value, b: Value, target: Target) -> None:
         self.facts = Facts(None, target.shape, exact=a.facts.dtype in FACTOR_INTEGERS)
@@ -128,21 +121,20 @@ class _Lowrank(Value):
         self._scale = node.scale
         self._target = target
         self._lock = threading.Lock()
-        self._factors: tuple[Wide, Wide] | None = None
-        self._has_zeros = False  # of either sign, as a product makes them; known once the factors are read
+        self._product: Product | None = None
 
-    def factors(self) -> tuple[Wide, Wide]:
-        """`(a [r, in], scale * b [r, out])` in the accumulation type; read once.
+    def product(self) -> Product:
+        """Of `a` and `scale * b` in the accumulation type; they are read once.
 
         Raises `MalformedError` (reason `inexact`) if a sum of integers might have to be rounded.
         """
         with self._lock:
-            if self._factors is None:
+            if self._product is None:
                 a, b = self._integers() if self.facts.exact else self._floats()
                 if self._scale != 1:
                     b *= b.dtype.type(self._scale)
-                self._factors = a, b
-            return self._factors
+                self._product = Product(a, b)
+            return self._product
 
     def _floats(self) -> tuple[Wide, Wide]:
         return whole(self._a, self._target.accumulator), whole(self._b, self._target.accumulator)
@@ -158,39 +150,36 @@ class _Lowrank(Value):
                 found=found,
                 reason="inexact",
             )
-        self._has_zeros = _may_vanish(a, b)
-        return _converted(a, accumulator), _converted(b, accumulator)
+        return a.astype(accumulator), b.astype(accumulator)
 
     def accumulate(self, lo: int, hi: int, into: Wide, first: bool) -> None:
-        row = self._target.row
-        top, bottom = lo // row, -(-hi // row)
-        is_whole_rows = lo == top * row and hi == bottom * row
-        if is_whole_rows and (first or not self.facts.exact):
-            self._product(into, top, bottom, first)
-            return
-        # Exact products are formed by themselves: added up on top of something else, their order would matter.
-        with borrowed(into.dtype, (bottom - top) * row) as rows:
-            self._product(rows, top, bottom, True)
-            part = rows[lo - top * row : hi - top * row]
-            if first:
-                np.copyto(into, part)
-            else:
-                np.add(into, part, out=into)
+        product, begin = self.product(), lo
+        for top, left, columns, rows in _rectangles(lo, hi, self._target.row):
+            end = begin + rows * columns
+            product.add(into[begin - lo : end - lo].reshape(rows, columns), top, left, first)
+            begin = end
 
-    def _product(self, into: Wide, top: int, bottom: int, first: bool) -> None:
-        a, b = self.factors()
-        add_product(into.reshape(-1, self._target.row), b[:, top:bottom], a, first)
-        if self._has_zeros:
-            into += 0.0  # makes -0 a +0
+    def onto_bf16(self, lo: int, hi: int) -> OntoBf16 | None:
+        row = self._target.row
+        return None if lo % row or hi % row else self.product().onto_bf16(lo // row, (hi - lo) // row)
 
     def reference(self, lo: int, hi: int, accumulator: np.dtype[Any]) -> Wide:
-        a, b = self.factors()
         row = self._target.row
         top, bottom = lo // row, -(-hi // row)
         total = np.zeros((bottom - top, row), accumulator)
-        for component in range(a.shape[0]):
-            total += b[component, top:bottom, None] * a[component]
+        for a, b in self.product().components():
+            total += b[top:bottom, None] * a
         return total.reshape(-1)[lo - top * row : hi - top * row]
+
+
+def _rectangles(lo: int, hi: int, row: int) -> Iterator[tuple[int, int, int, int]]:
+    """Elements `[lo, hi)` as `(top, left, columns, rows)`: whole rows, and what is before and behind them."""
+    while lo < hi:
+        top, left = divmod(lo, row)
+        rows = (hi - lo) // row if left == 0 else 0
+        columns = min(row, left + hi - lo) - left
+        yield top, left, columns, max(rows, 1)
+        lo += columns * max(rows, 1)
 
 
 def _whole_integers(value: Value) -> Integers:
@@ -199,9 +188,3 @@ def _whole_integers(value: Value) -> Integers:
     bits = np.empty(value.facts.count, dtype.bits)
     value.bits(0, bits.size, bits)
     return bits.view(dtype.values).reshape(value.facts.shape)
-
-
-def _converted(integers: Integers, accumulator: np.dtype[Any]) -> Wide:
-    wide = aligned(accumulator, integers.size).reshape(integers.shape)
-    np.copyto(wide, integers, casting="unsafe")
-    return wide

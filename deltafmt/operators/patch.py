@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
+from .. import native
 from ..dtypes import SILENT, Bits, Dtype, round_to, widen
 from ..gemm import round_wide
 from ..scratch import borrowed, scratch
 from ..strictjson import Fields
-from .base import Facts, Operator, Scope, Source, Target, Value, Wide, misfit
-from .groups import Groups, Keys, Up, exponents, margin_bits, margins
+from .base import Facts, Operator, Scope, Source, Target, Value, misfit
+from .groups import Grouping, Groups, Up, margin_bits
 from .stored import Stored
 
 
@@ -116,17 +116,14 @@ class _Grouped(Value):
 
     def _read(self, lo: int, hi: int, out: Bits) -> None:
         """Put one whole chunk into `out`."""
-        up = None
         if self._groups.by == "exponent":
             self._predicted.bits(lo, hi, out)
-            keys = exponents(out, self._dtype)
+            grouping = self._groups.of_exponents(out, self._dtype)
         else:
-            with self._predicted.wide(lo, hi) as values:
-                round_wide(values, self._dtype, out)
-                keys, up = margins(values, self._dtype)
+            grouping = self._predicted.margins(lo, hi, self._groups, out)
         residual = scratch("patch residual", self._dtype.bits, hi - lo)
         self._residual.bits(lo, hi, residual)
-        correct_in_groups(self._groups, keys, up, residual, self._dtype, out)
+        correct_in_groups(self._groups, grouping, residual, self._dtype, out)
 
 
 class _Predicted:
@@ -138,8 +135,7 @@ class _Predicted:
     def bits(self, lo: int, hi: int, out: Bits) -> None:
         source = self._value.facts.dtype
         if source is None:
-            with self.wide(lo, hi) as values:
-                round_wide(values, self._dtype, out)
+            self._value.rounded(lo, hi, self._accumulator, self._dtype, out)
         elif source == self._dtype:
             self._value.bits(lo, hi, out)
         else:
@@ -147,13 +143,17 @@ class _Predicted:
                 self._value.bits(lo, hi, bits)
                 cast(bits, source, self._dtype, out)
 
-    @contextmanager
-    def wide(self, lo: int, hi: int) -> Iterator[Wide]:
-        """The value of a wide prediction, in memory that may be written to until the `with` block ends."""
+    def margins(self, lo: int, hi: int, groups: Groups, out: Bits) -> Grouping:
+        """Put a wide prediction into `out`, rounded, and group it by what it was before."""
+        pair = self._value.bf16_and_product(lo, hi) if self._dtype.name == "BF16" else None
+        if pair is not None:
+            pair[0].bits(lo, hi, out)
+            return groups.of_product(pair[1], out)
         with borrowed(self._accumulator, hi - lo) as values:
             with np.errstate(**SILENT):
                 self._value.accumulate(lo, hi, values, first=True)
-            yield values
+            round_wide(values, self._dtype, out)
+            return groups.of_margins(values, self._dtype)
 
 
 def predicts(source: Dtype | None, target: Dtype) -> bool:
@@ -171,48 +171,31 @@ def cast(bits: Bits, source: Dtype, target: Dtype, out: Bits | None = None) -> B
 
 
 def difference_in_groups(
-    groups: Groups, keys: Keys, up: Up | None, bits: Bits, predicted: Bits, dtype: Dtype
+    groups: Groups, grouping: Grouping, bits: Bits, predicted: Bits, dtype: Dtype
 ) -> tuple[Bits, list[int]]:
     """The residual of one chunk in order of groups, and the elements of each group.
 
     Args:
-        keys, up: `[m]`, of the prediction.
+        grouping: `[m]`, of the prediction.
         bits, predicted: `[m]`, as in `difference`.
     """
-    residual = difference(bits, predicted, dtype, up)
-    grouped = np.empty_like(residual)
-    begin = 0
-    for places in groups.places(keys):
-        end = begin + places.size
-        np.take(residual, places, mode="clip", out=grouped[begin:end])
-        begin = end
-    return grouped, groups.lengths(keys)
+    if native.available():
+        grouped: Bits = np.empty_like(bits)
+        lengths = native.to_groups(bits, predicted, grouping.up, grouping.numbers, grouped)
+    else:
+        grouped = difference(bits, predicted, dtype, grouping.up)[grouping.order()]
+        lengths = np.bincount(grouping.numbers, minlength=groups.count)
+    return grouped, [int(length) for length in lengths[: groups.count]]
 
 
-def correct_in_groups(groups: Groups, keys: Keys, up: Up | None, residual: Bits, dtype: Dtype, out: Bits) -> None:
+def correct_in_groups(groups: Groups, grouping: Grouping, residual: Bits, dtype: Dtype, out: Bits) -> None:
     """Undo `difference_in_groups`: correct the predicted bits in `out`. `residual` is overwritten."""
-    half = residual.size // 2
-    if residual[half:].max(initial=0) > 0:
-        needed = residual.size
-    else:  # the last groups often need no correction
-        misses = np.flatnonzero(residual[:half])
-        needed = int(misses[-1]) + 1 if misses.size else 0
-    if needed == 0:
-        return
-    dense = needed == residual.size
-    scattered = scratch("patch scattered", dtype.bits, residual.size)
-    begin = 0
-    for places in groups.places(keys, needed):
-        part = residual[begin : begin + places.size]
-        begin += places.size
-        if dense:
-            scattered[places] = part
-        else:
-            some = out[places]
-            correct(some, part, dtype, some, None if up is None else up[places])
-            out[places] = some
-    if dense:
-        correct(out, scattered, dtype, out, up)
+    if native.available():
+        native.from_groups(residual, grouping.up, grouping.numbers, groups.count, out)
+    else:
+        scattered = scratch("patch scattered", dtype.bits, residual.size)
+        scattered[grouping.order()] = residual
+        correct(out, scattered, dtype, out, grouping.up)
 
 
 def difference(bits: Bits, predicted: Bits, dtype: Dtype, up: Up | None = None) -> Bits:

@@ -8,7 +8,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..dtypes import Bits, Dtype
+from ..gemm import OntoBf16
 from ..limits import SUM_TERMS
+from ..scratch import borrowed
 from ..strictjson import Fields
 from .base import Facts, Operator, Scope, Source, Target, Value, Wide, misfit
 
@@ -57,9 +60,29 @@ class _Sum(Value):
         if self.facts.exact and not first:  # a sum in a sum: its terms are added up before they are added
             super().accumulate(lo, hi, into, first)
             return
+        pair = self.bf16_and_product(lo, hi) if first else None
+        if pair is not None:
+            with borrowed(np.uint16, hi - lo) as bits:
+                pair[0].bits(lo, hi, bits)
+                pair[1].add_into(bits, into)
+            return
         for term in self._terms:
             term.accumulate(lo, hi, into, first)
             first = False
+
+    def rounded(self, lo: int, hi: int, accumulator: np.dtype[Any], dtype: Dtype, out: Bits) -> None:
+        pair = self.bf16_and_product(lo, hi) if dtype.name == "BF16" else None
+        if pair is None:
+            super().rounded(lo, hi, accumulator, dtype, out)
+        else:
+            pair[0].bits(lo, hi, out)
+            pair[1].add(out)
+
+    def bf16_and_product(self, lo: int, hi: int) -> tuple[Value, OntoBf16] | None:
+        first, *others = self._terms
+        is_bf16 = first.facts.dtype is not None and first.facts.dtype.name == "BF16"
+        onto = others[0].onto_bf16(lo, hi) if is_bf16 and len(others) == 1 else None
+        return None if onto is None else (first, onto)
 
     def reference(self, lo: int, hi: int, accumulator: np.dtype[Any]) -> Wide:
         total = self._terms[0].reference(lo, hi, accumulator)

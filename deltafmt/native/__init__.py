@@ -1,0 +1,294 @@
+"""Compiled kernels for what numpy cannot do in one pass. Whoever has none gets the same bytes, more slowly.
+
+The library is built with the package where a C compiler is at hand (hatch_build.py), and lies beside this file. It does
+not depend on the version of Python. Calls into it let other threads run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..dtypes import Bits
+from ..scratch import aligned
+
+Float32 = npt.NDArray[np.float32]
+Floats = npt.NDArray[Any]
+Bools = npt.NDArray[np.bool_]
+Numbers = npt.NDArray[np.uint8]
+Counts = npt.NDArray[np.int64]
+Problem = Literal["bits left over", "too large"]
+
+FILE = Path(__file__).with_name("libkernels.so.1")
+TILE_ROWS, TILE_COLUMNS = 4, 24  # as in product.c
+_ABI = 1  # as in native.h: another one is what an older build left behind
+_GROUPS = 256  # as in groups.c
+_PROBLEMS: tuple[Problem | None, ...] = (None, "bits left over", "too large")  # as in segments.c
+_POINTER, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES: dict[str, Sequence[Any]] = {
+    "set_product": (_POINTER, *[_COUNT] * 4, _POINTER, _POINTER),
+    "add_product": (_POINTER, *[_COUNT] * 4, _POINTER, _POINTER),
+    "add_product_in_bf16": (_POINTER, *[_COUNT] * 4, _POINTER, _POINTER),
+    "add_product_onto_bf16": (_POINTER, _POINTER, *[_COUNT] * 4, _POINTER, _POINTER),
+    "widen_bf16": (_POINTER, _COUNT, _POINTER),
+    "round_bf16": (_POINTER, _COUNT, _POINTER),
+    "add_product_with_margins": (_POINTER, *[_COUNT] * 4, *[_POINTER] * 3, _COUNT, *[_POINTER] * 3),
+    "margin_groups_4": (_POINTER, _COUNT, _INT, _POINTER, _COUNT, *[_POINTER] * 3),
+    "margin_groups_8": (_POINTER, _COUNT, _INT, _POINTER, _COUNT, *[_POINTER] * 3),
+}
+for _width in (2, 4, 8):
+    _SIGNATURES |= {
+        f"exponent_groups_{_width}": (_POINTER, _COUNT, _INT, _INT, _POINTER, _COUNT, *[_POINTER] * 2),
+        f"to_groups_{_width}": (*[_POINTER] * 4, _COUNT, _POINTER, _POINTER),
+        f"from_groups_{_width}": (*[_POINTER] * 3, _COUNT, _INT, _POINTER),
+        f"split_planes_{_width}": (_POINTER, _COUNT, _INT, _POINTER),
+        f"merge_planes_{_width}": (_POINTER, _COUNT, _INT, _POINTER),
+    }
+for _width in (1, 2, 4, 8):
+    _SIGNATURES |= {
+        f"segment_maxima_{_width}": (_POINTER, _POINTER, _COUNT, _POINTER),
+        f"split_segments_{_width}": (*[_POINTER] * 4, _COUNT, _POINTER),
+        f"merge_segments_{_width}": (*[_POINTER] * 4, _COUNT, _POINTER),
+    }
+
+
+def _load() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(str(FILE))
+        library.deltafmt_abi.restype = _INT
+        if library.deltafmt_abi() != _ABI:
+            return None
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, _INT if name.startswith("merge_segments") else None
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+LIBRARY = _load()
+
+
+def available() -> bool:
+    """Whether there are kernels to call; the functions below must not be called if not."""
+    return LIBRARY is not None
+
+
+# Products
+
+
+def panels(factor: Float32, width: int) -> Float32:
+    """A factor `[r, n]` as `[n / width, r, width]`, the last panel padded with zeros."""
+    rank, count = factor.shape
+    whole = count // width
+    packed = aligned(np.float32, -(-count // width) * rank * width).reshape(-1, rank, width)
+    np.copyto(packed[:whole], factor[:, : whole * width].reshape(rank, whole, width).swapaxes(0, 1))
+    if whole < len(packed):
+        packed[whole, :, : count - whole * width] = factor[:, whole * width :]
+        packed[whole, :, count - whole * width :] = 0
+    return packed
+
+
+def product(into: Float32, top: int, a: Float32, b: Float32, first: bool) -> None:
+    """`into += B^T A` for some rows (or `=`, if `first`): each sum is formed by itself, then added.
+
+    Args:
+        into: `[m, n]`, row `top` of the product and those below it.
+        a: `panels(A, TILE_COLUMNS)`, b: `panels(B, TILE_ROWS)`.
+    """
+    _check_product(into, 4, top, a, b)
+    rows, columns = into.shape
+    _call("set_product" if first else "add_product", into, top, top + rows, columns, a.shape[1], a, b)
+
+
+def product_in_bf16(bits: Bits, top: int, a: Float32, b: Float32) -> None:
+    """Add `product` to bf16 values, `[m, n]`, widened before and rounded behind it; a NaN has no sign."""
+    _check_product(bits, 2, top, a, b)
+    rows, columns = bits.shape
+    _call("add_product_in_bf16", bits, top, top + rows, columns, a.shape[1], a, b)
+
+
+def product_onto_bf16(bits: Bits, into: Float32, top: int, a: Float32, b: Float32) -> None:
+    """`product` onto bf16 values, `[m, n]`, widened: the sum in `into`."""
+    _check_product(into, 4, top, a, b)
+    _require((bits.shape, bits.itemsize) == (into.shape, 2))
+    rows, columns = into.shape
+    _call("add_product_onto_bf16", bits, into, top, top + rows, columns, a.shape[1], a, b)
+
+
+def _check_product(into: npt.NDArray[Any], width: int, top: int, a: Float32, b: Float32) -> None:
+    rows, columns = into.shape
+    _require(into.itemsize == width)
+    _require(a.dtype == b.dtype == np.float32)
+    _require(a.shape == (-(-columns // TILE_COLUMNS), a.shape[1], TILE_COLUMNS))
+    _require(b.shape[1:] == (a.shape[1], TILE_ROWS))
+    _require(0 <= top <= top + rows <= TILE_ROWS * len(b))
+
+
+# Conversions
+
+
+def widen_bf16(bits: Bits, out: Float32) -> None:
+    """bf16 to float32, `[m]`."""
+    _require(bits.size == out.size)
+    _require((bits.itemsize, out.itemsize) == (2, 4))
+    _call("widen_bf16", bits, bits.size, out)
+
+
+def round_bf16(values: Float32, out: Bits) -> None:
+    """float32 to bf16, `[m]`: to nearest, ties to even; a NaN has no sign."""
+    _require(values.size == out.size)
+    _require((values.itemsize, out.itemsize) == (4, 2))
+    _call("round_bf16", values, values.size, out)
+
+
+# Groups
+
+
+class Bounds:
+    """What keys are compared with: the number of a group is how many bounds are at most the key.
+
+    Args:
+        bounds: ascending, up to 255 of them, from 1 to 2047.
+    """
+
+    def __init__(self, bounds: Sequence[int]) -> None:
+        self.bounds = np.array(bounds, np.uint16)
+        self.table = np.searchsorted(self.bounds, np.arange(1 << 11), side="right").astype(np.uint8)
+        _require(self.bounds.size < _GROUPS)
+
+
+def exponent_groups(bits: Bits, mantissa_bits: int, mask: int, groups: Bounds, out: Numbers) -> None:
+    """The group of each float by its exponent, `[m]`: bits `mask`, moved down by `mantissa_bits`."""
+    _require(mask < groups.table.size)
+    _require(bits.size == out.size)
+    _require(out.itemsize == 1)
+    known = groups.bounds, groups.bounds.size, groups.table
+    _call(f"exponent_groups_{bits.itemsize}", bits, bits.size, mantissa_bits, mask, *known, out)
+
+
+def margin_groups(values: Floats, taken: int, groups: Bounds, out: Numbers, up: Bools) -> None:
+    """The group of each float by its distance to where rounding changes over, and whether that lies above; all `[m]`.
+
+    Args:
+        values: float32 or float64.
+        taken: how many bits rounding takes away, from 1.
+    """
+    _require(values.size == out.size == up.size)
+    _require(out.itemsize == up.itemsize == 1)
+    known = groups.bounds, groups.bounds.size, groups.table
+    _call(f"margin_groups_{values.itemsize}", values, values.size, taken, *known, out, up)
+
+
+def product_with_margins(bits: Bits, top: int, a: Float32, b: Float32, groups: Bounds, out: Numbers, up: Bools) -> None:
+    """`product_in_bf16` and `margin_groups` of what is rounded in it, in one pass; all `[m, n]` or `[m * n]`."""
+    _check_product(bits, 2, top, a, b)
+    _require(bits.size == out.size == up.size)
+    _require(out.itemsize == up.itemsize == 1)
+    rows, columns = bits.shape
+    known = groups.bounds, groups.bounds.size, groups.table
+    _call("add_product_with_margins", bits, top, top + rows, columns, a.shape[1], a, b, *known, out, up)
+
+
+def to_groups(bits: Bits, predicted: Bits, up: Bools | None, numbers: Numbers, out: Bits) -> Counts:
+    """Residuals in order of groups: `operators.patch.difference`, sorted by the number; all `[m]`.
+
+    Returns:
+        How many elements each of 256 groups has.
+    """
+    _check_groups(bits, predicted, up, numbers)
+    _require((out.size, out.itemsize) == (bits.size, bits.itemsize))
+    lengths = np.empty(_GROUPS, np.int64)
+    _call(f"to_groups_{bits.itemsize}", bits, predicted, up, numbers, bits.size, lengths, out)
+    return lengths
+
+
+def from_groups(grouped: Bits, up: Bools | None, numbers: Numbers, groups: int, predicted: Bits) -> None:
+    """Undo `to_groups`, of numbers below `groups`, in place of the prediction."""
+    _check_groups(grouped, predicted, up, numbers)
+    _call(f"from_groups_{grouped.itemsize}", grouped, up, numbers, grouped.size, groups, predicted)
+
+
+def _check_groups(first: Bits, second: Bits, up: Bools | None, numbers: Numbers) -> None:
+    _require(first.size == second.size == numbers.size)
+    _require(first.itemsize == second.itemsize)
+    _require(numbers.itemsize == 1)
+    _require(up is None or (up.size, up.itemsize) == (first.size, 1))
+
+
+# Encodings
+
+
+def split_planes(bits: Bits, floats: bool, out: Sequence[Numbers]) -> None:
+    """Elements `[m]` of two bytes or more to planes: `encodings.planes.split`. The planes lie one behind the other."""
+    begin = out[0].ctypes.data
+    _require([plane.ctypes.data for plane in out] == [begin + index * bits.size for index in range(bits.itemsize)])
+    _require(all((plane.size, plane.itemsize) == (bits.size, 1) for plane in out))
+    _call(f"split_planes_{bits.itemsize}", bits, bits.size, floats, out[0])
+
+
+def merge_planes(planes: Sequence[Numbers], floats: bool, out: Bits) -> None:
+    """Undo `split_planes`, wherever the planes lie."""
+    _require(len(planes) == out.itemsize)
+    _require(all((plane.size, plane.itemsize) == (out.size, 1) for plane in planes))
+    _call(f"merge_planes_{out.itemsize}", _addresses(planes), out.size, floats, out)
+
+
+def segment_maxima(values: Bits, elements: Sequence[int]) -> list[int]:
+    """Of each segment a number as many bits long as its largest element."""
+    _require(sum(elements) == values.size)
+    maxima = np.empty(len(elements), np.uint64)
+    _call(f"segment_maxima_{values.itemsize}", values, np.array(elements, np.int64), len(elements), maxima)
+    return [int(most) for most in maxima]
+
+
+def split_segments(
+    values: Bits, elements: Sequence[int], low_bits: Sequence[int], planes: Sequence[int], out: Numbers
+) -> None:
+    """The planes of all segments, one behind the other: `encodings.segments`."""
+    _require(sum(elements) == values.size)
+    columns = np.array([elements, low_bits, planes], np.int64)
+    sizes = (columns[0] * columns[1] + 7) // 8 + columns[0] * (columns[2] - 1)
+    _require(out.size >= sizes[columns[2] > 0].sum())
+    _call(f"split_segments_{values.itemsize}", values, *columns, len(elements), out)
+
+
+def merge_segments(
+    data: Sequence[Numbers], elements: Sequence[int], low_bits: Sequence[int], planes: Sequence[int], out: Bits
+) -> Problem | None:
+    """Undo `split_segments`, wherever the planes lie; or say what is wrong with them."""
+    _require(sum(elements) == out.size)
+    sizes = [
+        count if plane else -(-count * bits // 8)
+        for count, bits, number in zip(elements, low_bits, planes, strict=True)
+        for plane in range(number)
+    ]
+    _require([plane.nbytes for plane in data] == sizes)
+    columns = np.array([elements, low_bits, planes], np.int64)
+    problem = _call(f"merge_segments_{out.itemsize}", _addresses(data), *columns, len(elements), out)
+    return _PROBLEMS[int(problem)]
+
+
+def _require(condition: bool) -> None:
+    """What C is told about its arguments has to be true, with `python -O` too."""
+    if not condition:
+        raise ValueError("a kernel was given arrays that do not fit together")
+
+
+def _addresses(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uintp]:
+    """Where each begins: a list of pointers, to be used while they are there."""
+    _require(all(array.flags.c_contiguous for array in arrays))
+    return np.array([array.ctypes.data for array in arrays], np.uintp)
+
+
+def _call(name: str, *arguments: npt.NDArray[Any] | int | None) -> Any:
+    """Call a kernel; of arrays it gets the address. They have to be what it is told about them."""
+    assert LIBRARY is not None
+    arrays = [argument for argument in arguments if isinstance(argument, np.ndarray)]
+    _require(all(array.flags.c_contiguous for array in arrays))
+    return getattr(LIBRARY, name)(*(each.ctypes.data if isinstance(each, np.ndarray) else each for each in arguments))

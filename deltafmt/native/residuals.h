@@ -1,0 +1,122 @@
+/* Residuals of floats of one width: included by groups.c for each, with TYPE (of their bits), TOP (the number of the
+   highest bit) and NAME (a name for this width) defined. */
+
+/* Bit patterns of floats, in the order of the numbers that they stand for, and back. */
+#define ORDERED(bits) ((TYPE)((bits) ^ (TYPE)((TYPE)-((bits) >> TOP) | (TYPE)1 << TOP)))
+#define UNORDERED(order) ((TYPE)((order) ^ (TYPE)(((TYPE)((order) >> TOP) - 1) | (TYPE)1 << TOP)))
+
+/* `to_groups`: the residual of `bits` given what was predicted, in order of groups; and `lengths`, elements of each.
+   `from_groups`: undoes it, in place of the prediction. `up` may be NULL.
+   Arithmetic is done PART elements at a time, apart from the walk, so that it is vectorised. */
+
+INLINE void NAME(fold)(const TYPE *restrict bits, const TYPE *restrict predicted, const uint8_t *restrict up,
+                       int64_t size, TYPE *restrict folded) {
+    for (int64_t i = 0; i < size; i++) {
+        TYPE residual = (TYPE)(ORDERED(bits[i]) - ORDERED(predicted[i]));
+        if (up) residual = (TYPE)((residual ^ (TYPE)-(TYPE)up[i]) + up[i]);
+        folded[i] = (TYPE)((TYPE)(residual << 1) ^ (TYPE)-(residual >> TOP));
+    }
+}
+
+INLINE void NAME(unfold)(const TYPE *restrict folded, const uint8_t *restrict up, int64_t size,
+                         TYPE *restrict predicted) {
+    for (int64_t i = 0; i < size; i++) {
+        TYPE residual = (TYPE)((TYPE)(folded[i] >> 1) ^ (TYPE)-(folded[i] & 1));
+        if (up) residual = (TYPE)((residual ^ (TYPE)-(TYPE)up[i]) + up[i]);
+        const TYPE order = (TYPE)(ORDERED(predicted[i]) + residual);
+        predicted[i] = UNORDERED(order);
+    }
+}
+
+EXPORT FAST void NAME(to_groups)(const TYPE *restrict bits, const TYPE *restrict predicted, const uint8_t *restrict up,
+                                 const uint8_t *restrict numbers, int64_t total, int64_t *restrict lengths,
+                                 TYPE *restrict grouped) {
+    TYPE folded[STREAMS][PART];
+    int64_t places[STREAMS * GROUPS];
+    count_numbers(numbers, total, places);
+    begins(places);
+    for (int g = 0; g < GROUPS; g++) lengths[g] = (g + 1 < GROUPS ? places[g + 1] : total) - places[g];
+    const int64_t run = total / STREAMS, last = STREAMS * run;
+    for (int64_t begin = 0; begin < run; begin += PART) {
+        const int64_t size = run - begin < PART ? run - begin : PART;
+        for (int64_t s = 0, at = begin; s < STREAMS; s++, at += run)
+            NAME(fold)(bits + at, predicted + at, up ? up + at : NULL, size, folded[s]);
+        for (int64_t i = 0; i < size; i++)
+            for (int64_t s = 0; s < STREAMS; s++)
+                grouped[places[s * GROUPS + numbers[s * run + begin + i]]++] = folded[s][i];
+    }
+    NAME(fold)(bits + last, predicted + last, up ? up + last : NULL, total - last, folded[0]);
+    for (int64_t i = last; i < total; i++) grouped[places[(STREAMS - 1) * GROUPS + numbers[i]]++] = folded[0][i - last];
+}
+
+/* The next residual in [place, end) that is not zero; `end` if there is none. */
+INLINE int64_t NAME(next_miss)(const TYPE *grouped, int64_t place, int64_t end) {
+    for (; end - place >= 32; place += 32) {
+        TYPE any = 0;
+        for (int64_t i = 0; i < 32; i++) any |= grouped[place + i];
+        if (any) break;
+    }
+    while (place < end && grouped[place] == 0) place++;
+    return place;
+}
+
+/* Corrects the elements of one group, of which the residuals are [place, end), and most of them zero. */
+INLINE void NAME(from_group)(const TYPE *restrict grouped, int64_t place, int64_t end, uint8_t group,
+                             const uint8_t *restrict up, const uint8_t *restrict numbers, int64_t total,
+                             TYPE *restrict predicted) {
+    int64_t miss = NAME(next_miss)(grouped, place, end);
+    for (int64_t begin = 0; miss < end; begin += BLOCK) {
+        const int64_t stop = total - begin < BLOCK ? total : begin + BLOCK;
+        uint8_t members = 0;
+        for (int64_t i = begin; i < stop; i++) members = (uint8_t)(members + (numbers[i] == group));
+        if (miss >= place + members) {
+            place += members;
+            continue;
+        }
+        for (int64_t word = begin; word < stop; word += 8) {
+            for (uint64_t found = equal_bytes(numbers + word, stop - word, group); found; found &= found - 1, place++) {
+                const int64_t i = word + __builtin_ctzll(found) / 8;
+                if (grouped[place]) NAME(unfold)(grouped + place, up ? up + i : NULL, 1, predicted + i);
+            }
+        }
+        miss = NAME(next_miss)(grouped, place, end);
+    }
+}
+
+EXPORT FAST void NAME(from_groups)(const TYPE *restrict grouped, const uint8_t *restrict up,
+                                   const uint8_t *restrict numbers, int64_t total, int groups,
+                                   TYPE *restrict predicted) {
+    int64_t misses = 0;
+    for (int64_t begin = 0; begin < total; begin += PART) {
+        const int64_t end = total - begin < PART ? total : begin + PART;
+        TYPE some = 0; /* of the same width, so that it is vectorised */
+        for (int64_t i = begin; i < end; i++) some = (TYPE)(some + (grouped[i] != 0));
+        misses += (int64_t)some;
+    }
+    if (SPARSE * misses < total && groups <= 2 * FEW) {
+        for (int64_t place = 0, group = 0; group < groups; group++) {
+            const int64_t end = place + count_equal(numbers, total, (uint8_t)group);
+            NAME(from_group)(grouped, place, end, (uint8_t)group, up, numbers, total, predicted);
+            place = end;
+        }
+        return;
+    }
+    TYPE folded[STREAMS][PART];
+    int64_t places[STREAMS * GROUPS];
+    count_numbers(numbers, total, places);
+    begins(places);
+    const int64_t run = total / STREAMS, last = STREAMS * run;
+    for (int64_t begin = 0; begin < run; begin += PART) {
+        const int64_t size = run - begin < PART ? run - begin : PART;
+        for (int64_t i = 0; i < size; i++)
+            for (int64_t s = 0; s < STREAMS; s++)
+                folded[s][i] = grouped[places[s * GROUPS + numbers[s * run + begin + i]]++];
+        for (int64_t s = 0, at = begin; s < STREAMS; s++, at += run)
+            NAME(unfold)(folded[s], up ? up + at : NULL, size, predicted + at);
+    }
+    for (int64_t i = last; i < total; i++) folded[0][i - last] = grouped[places[(STREAMS - 1) * GROUPS + numbers[i]]++];
+    NAME(unfold)(folded[0], up ? up + last : NULL, total - last, predicted + last);
+}
+
+#undef ORDERED
+#undef UNORDERED

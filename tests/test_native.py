@@ -1,0 +1,142 @@
+"""The kernels against numpy and against plain integers: the same bytes, whatever the sizes."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltafmt import native
+from deltafmt.dtypes import DTYPES, round_to
+from deltafmt.encodings import planes, segments
+from deltafmt.gemm import Product
+
+Array = npt.NDArray[Any]
+
+sizes = st.one_of(st.integers(0, 70), st.sampled_from([255, 256, 4095, 4097, 9000]))
+
+
+def without_kernels() -> pytest.MonkeyPatch:
+    """Undo it to have them back."""
+    patching = pytest.MonkeyPatch()
+    patching.setattr(native, "LIBRARY", None)
+    return patching
+
+
+def bits(width: int, size: int, seed: int, most: int = 0) -> Array:
+    """Random elements; of `most` bits, if it is given."""
+    random = np.random.default_rng(seed).integers(0, 256, size * width, np.uint8).view(f"u{width}")
+    return random >> np.array(8 * width - most, random.dtype) if most else random
+
+
+@given(st.sampled_from([2, 4, 8]), st.booleans(), sizes, st.integers(0, 99))
+def test_planes(width: int, floats: bool, size: int, seed: int) -> None:
+    elements = bits(width, size, seed)
+    found, expected = np.zeros((2, width, size), np.uint8)
+    planes.split(elements, floats, list(found))
+    patching = without_kernels()
+    planes.split(elements, floats, list(expected))
+    patching.undo()
+    assert np.array_equal(found, expected)
+    back = np.empty_like(elements)
+    planes.merge(list(found), floats, back)
+    assert np.array_equal(back, elements)
+
+
+@given(
+    st.sampled_from([1, 2, 4, 8]),
+    st.booleans(),
+    st.lists(st.tuples(sizes, st.integers(0, 64)), min_size=1, max_size=6),
+    st.integers(0, 99),
+)
+def test_segments(width: int, signed: bool, parts: list[tuple[int, int]], seed: int) -> None:
+    """Of elements of few bits and of many: the same chunk, and the same elements read from it."""
+    elements = np.concatenate([bits(width, size, seed, min(most, 8 * width)) for size, most in parts])
+    lengths = [size for size, _ in parts]
+    if elements.size == 0:
+        return
+    found = segments.encode(elements, signed, lengths)
+    read, read_again = np.empty_like(elements), np.empty_like(elements)
+    segments.decode(np.frombuffer(found, np.uint8), signed, read, "")
+    patching = without_kernels()
+    expected = segments.encode(elements, signed, lengths)
+    segments.decode(np.frombuffer(found, np.uint8), signed, read_again, "")
+    patching.undo()
+    assert found == expected
+    assert np.array_equal(read, elements)
+    assert np.array_equal(read_again, elements)
+
+
+def test_every_bf16_and_its_ties() -> None:
+    tails = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    values = (np.arange(1 << 16, dtype=np.uint32)[:, None] << 16 | tails).reshape(-1).view(np.float32)
+    found = np.empty(values.size, np.uint16)
+    native.round_bf16(values, found)
+    assert np.array_equal(found, round_to(values, DTYPES["BF16"], signed_nan=False))
+    wide = np.empty(1 << 16, np.float32)
+    native.widen_bf16(np.arange(1 << 16, dtype=np.uint16), wide)
+    assert np.array_equal(wide.view(np.uint32), np.arange(1 << 16, dtype=np.uint32) << 16)
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 9),
+    st.sampled_from([1, 2, 23, 24, 25, 191, 192, 193, 400]),
+    st.sampled_from([1, 3, 4, 5, 30]),
+    st.data(),
+)
+def test_products_of_integers(rank: int, columns: int, rows: int, data: st.DataObject) -> None:
+    """Every part of it, alone and added, against the product of integers."""
+    random = np.random.default_rng(rank * columns)
+    a, b = random.integers(-99, 100, (rank, columns)), random.integers(-99, 100, (rank, rows))
+    product, expected = Product(a.astype(np.float32), b.astype(np.float32)), b.T @ a
+    top = data.draw(st.integers(0, rows - 1))
+    bottom = data.draw(st.integers(top + 1, rows))
+    left = data.draw(st.integers(0, columns - 1))
+    right = data.draw(st.integers(left + 1, columns))
+    part = expected[top:bottom, left:right]
+    base = random.integers(-1000, 1000, part.shape)
+    into = base.astype(np.float32)
+    product.add(into, top, left, first=False)
+    assert np.array_equal(into, base + part)
+    product.add(into, top, left, first=True)
+    assert np.array_equal(into, part)
+    rows_of = product.onto_bf16(top, bottom - top)
+    assert rows_of is not None
+    part = expected[top:bottom]
+    weights = random.standard_normal(part.shape).astype(ml_dtypes.bfloat16)
+    exact = (weights.astype(np.float32) + part.astype(np.float32)).reshape(-1)
+    wide = np.empty(part.size, np.float32)
+    rows_of.add_into(weights.view(np.uint16).reshape(-1), wide)
+    assert np.array_equal(wide, exact)
+    rows_of.add(weights.view(np.uint16).reshape(-1))
+    assert np.array_equal(weights.reshape(-1), exact.astype(ml_dtypes.bfloat16))
+    assert [(x.tolist(), y.tolist()) for x, y in product.components()] == list(zip(a.tolist(), b.tolist(), strict=True))
+
+
+def test_another_version_of_the_library_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one that an older build left behind; nor is what is no library, or not there."""
+    source = tmp_path / "other.c"
+    source.write_text("int deltafmt_abi(void) { return 0; }")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(tmp_path / "other.so"), str(source)], check=True)
+    assert ctypes.CDLL(str(tmp_path / "other.so")).deltafmt_abi() == 0
+    (tmp_path / "text.so").write_text("no library")
+    for name in ("other.so", "text.so", "missing.so"):
+        monkeypatch.setattr(native, "FILE", tmp_path / name)
+        assert native._load() is None
+
+
+def test_what_kernels_are_told_is_checked() -> None:
+    even = np.zeros(10, np.uint16)
+    with pytest.raises(ValueError):
+        native.round_bf16(np.zeros(9, np.float32), even)
+    with pytest.raises(ValueError):
+        native.widen_bf16(even[::2], np.zeros(5, np.float32))
