@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import operator
-from itertools import pairwise
 from types import EllipsisType, TracebackType
 from typing import Any, Literal, TypeAlias
 
@@ -15,7 +14,7 @@ from .errors import MissingExtraError, UsageError
 from .limits import DEFAULT_LIMITS, Limits
 from .pipeline import Pool
 from .reader import Archive
-from .rebuild import Rebuilder, good_step
+from .rebuild import Rebuilder, read_in_pieces
 from .sources import Bases, PathLike, open_archive
 
 Framework: TypeAlias = Literal["np", "numpy", "pt", "torch"]
@@ -28,9 +27,6 @@ _TORCH_NAMES = {
     "F8_E8M0": "float8_e8m0fnu", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
 }  # fmt: skip
-
-
-_PIECE_ELEMENTS = 1 << 19  # of a tensor, that a thread rebuilds in one go
 
 
 def open(
@@ -91,7 +87,7 @@ class OpenArchive:
         rebuilder = self._archive.rebuilder(name)
         info = self._archive.tensors[name]
         bits = np.empty(info.count, info.dtype.bits)
-        _read(rebuilder, 0, bits.size, bits, self._pool)
+        read_in_pieces(rebuilder, 0, bits.size, bits, self._pool)
         return self._shown(bits, info.dtype, info.shape)
 
     def get_slice(self, name: str) -> TensorSlice:
@@ -159,16 +155,9 @@ class TensorSlice:
     def _read(self, lo: int, hi: int, row_shape: Shape) -> Any:
         row = int(np.prod(row_shape, dtype=object))
         bits = np.empty((hi - lo) * row, self._rebuilder.dtype.bits)
-        _read(self._rebuilder, lo * row, hi * row, bits, self._pool)
+        read_in_pieces(self._rebuilder, lo * row, hi * row, bits, self._pool)
         shape = (hi - lo, *row_shape) if self._rebuilder.target.shape else ()
         return self._shown(bits, self._rebuilder.dtype, shape)
-
-
-def _read(rebuilder: Rebuilder, lo: int, hi: int, out: Bits, pool: Pool) -> None:
-    """Elements `[lo, hi)` into `out`, in pieces that are rebuilt side by side."""
-    step = good_step(rebuilder.target.shape, rebuilder.dtype.width, _PIECE_ELEMENTS)
-    edges = [lo, *range((lo // step + 1) * step, hi, step), hi]
-    pool.each(pairwise(edges), lambda piece: rebuilder.read(*piece, out[piece[0] - lo : piece[1] - lo]))
 
 
 def _expanded(index: _Index | tuple[_Index, ...], dimensions: int) -> list[int | slice]:

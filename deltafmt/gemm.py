@@ -27,15 +27,16 @@ class Product:
     """`B^T A`, formed for any part of it. Every part is a product by itself, whatever it is added to.
 
     Args:
-        a: `[r, n]`, b: `[r, m]`, both float32 or both float64, C-contiguous.
+        a: `[r, n]`, b: `[r, m]`, both float32 or both float64, C-contiguous. They are copied.
     """
 
     def __init__(self, a: Wide, b: Wide) -> None:
         self.rank, self._columns, self._rows = len(a), a.shape[1], b.shape[1]
         self.has_kernel = native.available() and a.dtype == np.float32
         if self.has_kernel:
-            a, b = native.panels(a, native.TILE_COLUMNS), native.panels(b, native.TILE_ROWS)
-        self._a, self._b = a, b
+            self._a, self._b = native.panels(a, native.TILE_COLUMNS), native.panels(b, native.TILE_ROWS)
+        else:
+            self._a, self._b = a.copy(), b.copy()
 
     def add(self, into: Wide, top: int, left: int, first: bool) -> None:
         """Add to `into`, `[rows, columns]`, what begins at row `top` and column `left`; or set it, if `first`."""

@@ -5,6 +5,8 @@ The fast path, block by block, and the ordered reference that it must agree with
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from .dtypes import SILENT, Bits, Dtype, Shape, round_to
@@ -12,7 +14,9 @@ from .encodings import choose_chunk
 from .gemm import check_subnormals
 from .operators import Operator, Scope, Source, Target
 from .operators.base import ReadValue
+from .pipeline import Pool
 
+_PIECE_ELEMENTS = 1 << 19
 _BLOCK_ELEMENTS = 1 << 20  # in float32 4 MiB: stays in the cache, and a product is worth the time to begin it
 
 
@@ -63,3 +67,10 @@ class Rebuilder:
             return out
         with np.errstate(**SILENT):
             return round_to(self._value.reference(lo, hi, self.target.accumulator), self.dtype, signed_nan=False)
+
+
+def read_in_pieces(rebuilder: Rebuilder, lo: int, hi: int, out: Bits, pool: Pool) -> None:
+    """Elements `[lo, hi)` into `out`, in pieces that are rebuilt side by side."""
+    step = good_step(rebuilder.target.shape, rebuilder.dtype.width, _PIECE_ELEMENTS)
+    edges = [lo, *range((lo // step + 1) * step, hi, step), hi]
+    pool.each(pairwise(edges), lambda piece: rebuilder.read(*piece, out[piece[0] - lo : piece[1] - lo]))

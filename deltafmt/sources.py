@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from . import hf, hub
+from . import hf_directory, hub
 from .bases import matched, refuse
 from .checkpoint import Checkpoint
 from .errors import AccessError, DestinationError, MalformedError, MissingExtraError, UsageError
@@ -40,7 +40,7 @@ def open_source(
         return source
     path = local_path(source)
     if not is_archive(path):
-        return hf.open_plain(path, limits=limits)
+        return hf_directory.open_plain(path, limits=limits)
     return _open_archive(path, base, limits, strict=False)
 
 

@@ -24,7 +24,7 @@ from safetensors import safe_open
 
 from deltafmt.checkpoint import Checkpoint
 from deltafmt.errors import AccessError, DeltafmtError, IntegrityError, MalformedError, UnsupportedError, UsageError
-from deltafmt.hf import open_plain
+from deltafmt.hf_directory import open_plain
 from deltafmt.limits import DEFAULT_LIMITS
 from deltafmt.pickles import safetensors_name
 
@@ -344,7 +344,7 @@ def test_opening_maps_and_does_not_load(tmp_path: Path) -> None:
     program = """
 import re, sys
 import numpy, torch
-from deltafmt.hf import open_plain
+from deltafmt.hf_directory import open_plain
 
 def kib():  # memory of its own, without mapped files
     return int(re.search("RssAnon:\\s+([0-9]+)", open("/proc/self/status").read())[1])
@@ -372,7 +372,7 @@ def test_without_torch_the_extra_is_named(tmp_path: Path) -> None:
 import sys
 sys.modules["torch"] = None
 from deltafmt.errors import MissingExtraError
-from deltafmt.hf import open_plain
+from deltafmt.hf_directory import open_plain
 try:
     open_plain(sys.argv[1])
 except MissingExtraError as error:

@@ -27,12 +27,11 @@ import deltafmt
 import fixtures
 import synthetic
 from deltafmt.dtypes import DTYPES
-from deltafmt.gemm import one_thread_each
 from deltafmt.methods.svd import truncated_svd
 from deltafmt.operators import Facts, Lowrank, Operator, Stored, Sum, Target
 from deltafmt.operators.base import Read
-from deltafmt.pipeline import Pipeline
-from deltafmt.rebuild import Rebuilder, good_step
+from deltafmt.pipeline import Pipeline, Pool
+from deltafmt.rebuild import Rebuilder, good_step, read_in_pieces
 from measure import Cell, Report, Timed, in_turns
 from plain_checkpoint import Array
 
@@ -100,7 +99,7 @@ def _rebuild_row(base: Array, rank: int, rng: np.random.Generator, repeats: int)
     product = torch.empty(base.shape)
     timed = {
         "deltafmt, as unpack does it": Timed(lambda: subject.unpack(pipeline)),
-        "deltafmt, one call": Timed(subject.read),
+        "deltafmt, one call": Timed(lambda: subject.read(pool)),
         "numpy, one expression": Timed(
             lambda: (base.astype(np.float32) + wide_b.T @ wide_a).astype(ml_dtypes.bfloat16)
         ),
@@ -108,8 +107,10 @@ def _rebuild_row(base: Array, rank: int, rng: np.random.Generator, repeats: int)
         "bare GEMM (torch, fp32)": Timed(lambda: torch.mm(b_t.T, a_t, out=product)),
         "memory copy": Timed(lambda: np.copyto(out, base.view(np.uint16).reshape(-1))),
     }
+    pool = Pool(THREADS)
     with Pipeline(THREADS) as pipeline:
         speed = in_turns({name: Timed(_several(each.run), _settle) for name, each in timed.items()}, repeats)
+    pool.close()
     return {"rank": rank} | {name: TENSORS * base.nbytes / seconds / 1e9 for name, seconds in speed.items()}
 
 
@@ -121,20 +122,19 @@ class _Subject:
         self._step = good_step(shape, 2, 1 << 21)
         self._bound = partial(Rebuilder, recipe, memory, memory, Target("w", DTYPES["BF16"], shape, np.dtype("f4")))
 
-    def read(self) -> None:
-        """In one call."""
-        self._bound().read(0, self.out.size, self.out)
+    def read(self, pool: Pool) -> None:
+        """In one call, as `get_tensor` does it."""
+        read_in_pieces(self._bound(), 0, self.out.size, self.out, pool)
 
     def unpack(self, pipeline: Pipeline) -> None:
-        """As `unpack` does it: pieces in a pool, one thread of torch for each."""
+        """As `unpack` does it: pieces in a pool."""
         rebuilder = self._bound()
 
         def piece(begin: int) -> None:
             rebuilder.read(begin, begin + self._step, self.out[begin : begin + self._step])
 
-        with one_thread_each():
-            for _ in pipeline.ordered(range(0, self.out.size, self._step), piece, lambda _: 1):
-                pass
+        for _ in pipeline.ordered(range(0, self.out.size, self._step), piece, lambda _: 1):
+            pass
 
 
 def exact_speed(report: Report, ranks: tuple[int, ...], repeats: int) -> None:

@@ -173,7 +173,7 @@ def encode_chunk(
     else:
         separated = scratch("encode planes", np.uint8, bits.nbytes).reshape(bits.itemsize, -1)
         planes.split(bits, encoding.filter == "float-planes", list(separated))
-    stored = (zstd.compress(plane, thorough) for plane in separated)
+    stored = zstd.compress(list(separated), thorough)
     return [plane.tobytes() if isinstance(plane, np.ndarray) else plane for plane in stored]
 
 
@@ -210,7 +210,9 @@ def decode_chunk(stored: npt.NDArray[np.uint8], ends: Sequence[int], encoding: E
         return
     size = out.nbytes if encoding.filter == "none" else out.size
     begins = (0, *ends[:-1])
-    separated = [zstd.decompress(stored[begin:end], size, where) for begin, end in zip(begins, ends, strict=True)]
+    separated = zstd.decompress(
+        [stored[begin:end] for begin, end in zip(begins, ends, strict=True)], [size] * len(ends), where
+    )
     if encoding.filter == "none":
         np.copyto(out.view(np.uint8), separated[0])
     else:

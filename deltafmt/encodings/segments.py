@@ -7,7 +7,7 @@ coded by it; and each segment has its own code table, so that what is known of i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,7 +79,7 @@ def best_low_bits(chunks: Sequence[tuple[Bits, Sequence[int]]], signed: bool, ef
 
 def _encode(values: Bits, lengths: Sequence[int], low_bits: Sequence[int]) -> bytes:
     kinds = _kinds(values, lengths, low_bits)
-    planes = [_stored(plane) for plane in _split(values, kinds)]
+    planes = _stored(_split(values, kinds))
     directory: list[int] = [len(kinds)]
     sizes = (len(plane) for plane in planes)
     for kind in kinds:
@@ -94,7 +94,7 @@ def _kinds(values: Bits, lengths: Sequence[int], low_bits: Sequence[int]) -> lis
     for end, count, bits, most in zip(ends, lengths, low_bits, _maxima(values, lengths), strict=True):
         if most > 0:
             known = bits or _best_low_bits(values[end - count : end])
-            kinds.append(_Kind(count, known, 1 + max(-(-(most.bit_length() - known) // 8), 0)))
+            kinds.append(_Kind(count, known, _plane_count(most, known)))
         elif count > 0:
             kinds.append(_Kind(count, 1, 0))
     return kinds
@@ -108,20 +108,20 @@ def _maxima(values: Bits, lengths: Sequence[int]) -> list[int]:
     return [int(part.max(initial=0)) for part in parts]
 
 
-def _split(values: Bits, kinds: Sequence[_Kind]) -> Iterator[Plane]:
-    """The planes of all segments, each valid until the next is asked for."""
+def _split(values: Bits, kinds: Sequence[_Kind]) -> list[Plane]:
+    """The planes of all segments, valid until this is called again."""
+    sizes = [kind.plane_size(index) for kind in kinds for index in range(kind.planes)]
+    room = scratch("segment planes", np.uint8, sum(sizes))
+    planes = [room[end - size : end] for end, size in zip(accumulate(sizes), sizes, strict=True)]
     if native.available():
-        sizes = [kind.plane_size(index) for kind in kinds for index in range(kind.planes)]
-        room = scratch("segment planes", np.uint8, sum(sizes))
         native.split_segments(values, *_columns(kinds), room)
-        for end, size in zip(accumulate(sizes), sizes, strict=True):
-            yield room[end - size : end]
     else:
-        begin = 0
-        for kind in kinds:
-            if kind.planes:
-                yield from _planes(values[begin : begin + kind.elements], kind.low_bits)
-            begin += kind.elements
+        ends = accumulate(kind.elements for kind in kinds)
+        parts = (values[end - kind.elements : end] for end, kind in zip(ends, kinds, strict=True))
+        found = (_planes(part, kind.low_bits) for part, kind in zip(parts, kinds, strict=True) if kind.planes)
+        for out, plane in zip(planes, chain.from_iterable(found), strict=True):
+            np.copyto(out, plane)
+    return planes
 
 
 def _best_low_bits(values: Bits, effort: int = 1) -> int:
@@ -136,8 +136,15 @@ def _best_low_bits(values: Bits, effort: int = 1) -> int:
     ways: Sequence[int] = _LOW_BITS if few or sample.max() == 1 else _LOW_BITS[1:]
     if 2 * np.count_nonzero(sample >> 2) > sample.size:
         ways = _LOW_BITS[2:]  # nor are the two lowest of many that are larger
-    sizes = {bits: sum(len(zstd.compress(plane)) for plane in _planes(sample, bits)) for bits in ways}
-    return min(sizes, key=sizes.__getitem__)
+    kinds = [_Kind(sample.size, bits, _plane_count(int(sample.max()), bits)) for bits in ways]
+    stored = iter(zstd.compress(_split(np.tile(sample, len(ways)), kinds)))
+    sizes = [sum(len(plane) for plane in islice(stored, kind.planes)) for kind in kinds]
+    return ways[sizes.index(min(sizes))]
+
+
+def _plane_count(most: int, low_bits: int) -> int:
+    """Planes of elements of which the largest is `most`, and not 0."""
+    return 1 + max(-(-(most.bit_length() - low_bits) // 8), 0)
 
 
 def _planes(values: Bits, low_bits: int) -> Iterator[Plane]:
@@ -169,10 +176,9 @@ def _pack(symbols: Plane, bits: int) -> Plane:
     return packed.astype(np.uint8)
 
 
-def _stored(plane: Plane) -> Any:
-    """The stored plane, in memory of its own."""
-    stored = zstd.compress(plane)
-    return stored.tobytes() if isinstance(stored, np.ndarray) else stored
+def _stored(planes: Sequence[Plane]) -> list[Any]:
+    """The stored planes, in memory of their own."""
+    return [plane.tobytes() if isinstance(plane, np.ndarray) else plane for plane in zstd.compress(planes)]
 
 
 def _fold(bits: Bits) -> Bits:
@@ -188,11 +194,9 @@ def _fold(bits: Bits) -> Bits:
 def decode(stored: Plane, signed: bool, out: Bits, where: str) -> None:
     """Undo `encode`: one chunk into `out`, `[m]` elements. Raises `MalformedError` (reason `chunk-size`)."""
     kinds, lengths, position = _directory(stored, out, where)
-    sizes = (kind.plane_size(index) for kind in kinds for index in range(kind.planes))
-    planes: list[Plane] = []
-    for length, size in zip(lengths, sizes, strict=True):
-        planes.append(zstd.decompress(stored[position : position + length], size, where))
-        position += length
+    sizes = [kind.plane_size(index) for kind in kinds for index in range(kind.planes)]
+    ends = list(accumulate(lengths, initial=position))
+    planes = zstd.decompress([stored[begin:end] for begin, end in pairwise(ends)], sizes, where)
     if native.available():
         problem = native.merge_segments(planes, *_columns(kinds), out)
         if problem is not None:

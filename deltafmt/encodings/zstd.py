@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
     write_checksum=False,
 )
 _SAMPLE = 4096
+_REPEATED = 1  # the kind of a block that is one byte, many times over
+_HAS_BATCHES = {"multi_compress_to_buffer", "multi_decompress_to_buffer"} <= zstandard.backend_features
 
 
 class _Contexts(threading.local):
@@ -38,46 +41,74 @@ class _Contexts(threading.local):
 _CONTEXTS = _Contexts()
 
 
-def compress(plane: Plane, thorough: bool = False) -> Any:
-    """The frame, or the plane itself where the frame would not be shorter; both are bytes-like.
+def compress(planes: Sequence[Plane], thorough: bool = False) -> list[Any]:
+    """Of each plane the frame, or the plane itself where the frame would not be shorter; all are bytes-like.
 
-    `thorough` is for text: slow, looks for repeats.
+    In one step where there is one: a thread that goes in and out of zstd holds the others up. `thorough` is for text:
+    slow, looks for repeats.
     """
-    if not thorough and _looks_random(plane):
-        return plane
-    frame = (_CONTEXTS.thorough if thorough else _CONTEXTS.compressor).compress(plane.data)
-    return frame if len(frame) < plane.size else plane
+    stored: list[Any] = list(planes)
+    tried = [index for index, plane in enumerate(planes) if thorough or not _looks_random(plane)]
+    compressor = _CONTEXTS.thorough if thorough else _CONTEXTS.compressor
+    if thorough or not _HAS_BATCHES:
+        frames: Any = [compressor.compress(planes[index].data) for index in tried]
+    else:
+        batch: Any = [planes[index] for index in tried]
+        frames = compressor.multi_compress_to_buffer(batch) if tried else []
+    for index, frame in zip(tried, frames, strict=True):
+        if len(frame) < planes[index].size:
+            stored[index] = bytes(frame)
+    return stored
 
 
 def _looks_random(plane: Plane) -> bool:
-    """Whether a sample of the plane shows (nearly) all byte values equally often, as mantissas do: not worth a try."""
+    """Whether the plane is empty, or a sample shows all byte values equally often, as mantissas do: not worth a try."""
     if plane.size < 8 * _SAMPLE:
-        return False
+        return plane.size == 0
     blocks = plane[: plane.size // 8 * 8].reshape(8, -1)[:, : _SAMPLE // 8]
     counts = np.bincount(blocks.ravel(), minlength=256)
     share = counts[counts > 0] / _SAMPLE
     return bool(-(share * np.log2(share)).sum() > 7.9)  # uniform bytes: 7.955 +- 0.004 in a sample of this size
 
 
-def decompress(stored: Plane, size: int, where: str) -> Plane:
-    """Decode one stored plane: `size` bytes, a view of `stored` where it is stored as it is.
+def decompress(stored: Sequence[Plane], sizes: Sequence[int], where: str) -> list[Plane]:
+    """Decode stored planes of these sizes, in one step where there is one; what is stored as it is, is a view.
 
     Raises `MalformedError` (reason `chunk-size`).
     """
-    if stored.size == size:
-        return stored
+    planes = list(stored)
+    packed = [index for index, (plane, size) in enumerate(zip(stored, sizes, strict=True)) if plane.size != size]
     try:
-        frame = zstandard.get_frame_parameters(stored.data)
-        declared = frame.content_size
-        if declared != size or frame.dict_id or stored.size > size or bytes(stored[:3]) != b"\x28\xb5\x2f":
-            raise _wrong_size(where, size, declared)
-        plane = _CONTEXTS.decompressor.decompress(stored.data, max_output_size=size, allow_extra_data=False)
+        for index in packed:
+            _check_frame(stored[index], sizes[index], where)
+        if _HAS_BATCHES and packed:
+            wanted = np.array([sizes[index] for index in packed], np.uint64)
+            frames: Any = [stored[index] for index in packed]
+            found: Any = _CONTEXTS.decompressor.multi_decompress_to_buffer(frames, decompressed_sizes=wanted.tobytes())
+        else:
+            found = [_CONTEXTS.decompressor.decompress(stored[index].data, sizes[index]) for index in packed]
     except zstandard.ZstdError as error:
         what = f"a compressed plane does not decode: {error}"
         raise MalformedError(what, where=where, reason="chunk-size") from error
-    if len(plane) != size:
-        raise _wrong_size(where, size, len(plane))
-    return np.frombuffer(plane, np.uint8)
+    for index, plane in zip(packed, found, strict=True):
+        planes[index] = np.frombuffer(plane, np.uint8)
+        if planes[index].size != sizes[index]:
+            raise _wrong_size(where, sizes[index], planes[index].size)
+    return planes
+
+
+def _check_frame(stored: Plane, size: int, where: str) -> None:
+    """One whole frame and nothing else, which says of itself that it holds `size` bytes: see spec/encodings/zstd.md."""
+    frame = zstandard.get_frame_parameters(stored.data)
+    if frame.content_size != size or frame.dict_id or stored.size > size or bytes(stored[:3]) != b"\x28\xb5\x2f":
+        raise _wrong_size(where, size, frame.content_size)
+    position, last = zstandard.frame_header_size(stored.data), 0
+    while not last and position + 3 <= stored.size:  # each block: whether it is the last, its kind, its size (RFC 8878)
+        word = int(stored[position]) | int(stored[position + 1]) << 8 | int(stored[position + 2]) << 16
+        last, kind, length = word & 1, word >> 1 & 3, word >> 3
+        position += 3 + (1 if kind == _REPEATED else length)
+    if not last or position + 4 * frame.has_checksum != stored.size:
+        raise MalformedError("a compressed plane is not one frame", where=where, reason="chunk-size")
 
 
 def _wrong_size(where: str, expected: int, found: int) -> MalformedError:

@@ -31,6 +31,7 @@ _GROUPS = 256  # as in groups.c
 _PROBLEMS: tuple[Problem | None, ...] = (None, "bits left over", "too large")  # as in segments.c
 _POINTER, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, Sequence[Any]] = {
+    "pack_panels": (_POINTER, *[_COUNT] * 3, _POINTER),
     "set_product": (_POINTER, *[_COUNT] * 4, _POINTER, _POINTER),
     "add_product": (_POINTER, *[_COUNT] * 4, _POINTER, _POINTER),
     "add_product_in_bf16": (_POINTER, *[_COUNT] * 4, _POINTER, _POINTER),
@@ -85,12 +86,9 @@ def available() -> bool:
 def panels(factor: Float32, width: int) -> Float32:
     """A factor `[r, n]` as `[n / width, r, width]`, the last panel padded with zeros."""
     rank, count = factor.shape
-    whole = count // width
+    _require(factor.dtype == np.float32)
     packed = aligned(np.float32, -(-count // width) * rank * width).reshape(-1, rank, width)
-    np.copyto(packed[:whole], factor[:, : whole * width].reshape(rank, whole, width).swapaxes(0, 1))
-    if whole < len(packed):
-        packed[whole, :, : count - whole * width] = factor[:, whole * width :]
-        packed[whole, :, count - whole * width :] = 0
+    _call("pack_panels", factor, rank, count, width, packed)
     return packed
 
 

@@ -11,7 +11,18 @@ EXPORT int deltafmt_abi(void) { return ABI; }
 
 #define ROWS 4
 #define COLUMNS 24
-#define BLOCK (8 * COLUMNS) /* columns for which the panels of A stay in the cache while all rows pass */
+#define BLOCK (4 * COLUMNS) /* columns for which the panels of A stay in the cache while all rows pass */
+
+/* `width` columns of a factor [r][n] behind the other, the last ones padded with zeros. */
+EXPORT void pack_panels(const float *restrict factor, int64_t r, int64_t n, int64_t width, float *restrict out) {
+    for (int64_t left = 0; left < n; left += width) {
+        const int64_t count = n - left < width ? n - left : width;
+        for (int64_t k = 0; k < r; k++, out += width) {
+            for (int64_t j = 0; j < count; j++) out[j] = factor[k * n + left + j];
+            for (int64_t j = count; j < width; j++) out[j] = 0;
+        }
+    }
+}
 
 typedef float lanes __attribute__((vector_size(32), aligned(4)));
 

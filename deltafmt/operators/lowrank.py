@@ -19,8 +19,9 @@ from ..dtypes import DTYPES
 from ..errors import MalformedError
 from ..gemm import OntoBf16, Product
 from ..names import escaped
+from ..scratch import borrowed
 from ..strictjson import Fields
-from .base import Facts, Operator, Scope, Source, Target, Value, Wide, misfit, whole
+from .base import Facts, Operator, Scope, Source, Target, Value, Wide, misfit
 
 FACTOR_INTEGERS = frozenset(DTYPES[name] for name in ("I8", "I16", "I32"))
 FACTOR_FLOATS = frozenset(dtype for dtype in DTYPES.values() if dtype.is_float)
@@ -130,27 +131,31 @@ class _Lowrank(Value):
         """
         with self._lock:
             if self._product is None:
-                a, b = self._integers() if self.facts.exact else self._floats()
-                if self._scale != 1:
-                    b *= b.dtype.type(self._scale)
-                self._product = Product(a, b)
+                accumulator = self._target.accumulator
+                sizes = self._a.facts.count, self._b.facts.count
+                with borrowed(accumulator, sizes[0]) as a, borrowed(accumulator, sizes[1]) as b:
+                    if self.facts.exact:
+                        self._read_integers(a, b)
+                    else:
+                        self._a.accumulate(0, a.size, a, first=True)
+                        self._b.accumulate(0, b.size, b, first=True)
+                    if self._scale != 1:
+                        b *= b.dtype.type(self._scale)
+                    self._product = Product(a.reshape(self._a.facts.shape), b.reshape(self._b.facts.shape))
             return self._product
 
-    def _floats(self) -> tuple[Wide, Wide]:
-        return whole(self._a, self._target.accumulator), whole(self._b, self._target.accumulator)
-
-    def _integers(self) -> tuple[Wide, Wide]:
-        accumulator = self._target.accumulator
+    def _read_integers(self, into_a: Wide, into_b: Wide) -> None:
         a, b = _whole_integers(self._a), _whole_integers(self._b)
-        if (found := squared_bound(a, b)) > most_squared(accumulator):
+        if (found := squared_bound(a, b)) > most_squared(into_a.dtype):
             raise MalformedError(
-                f"integer factors too large for {accumulator.name}",
+                f"integer factors too large for {into_a.dtype.name}",
                 where=f"tensor '{escaped(self._target.name)}'",
-                expected=f"largest squares of columns, multiplied, up to {most_squared(accumulator)}",
+                expected=f"largest squares of columns, multiplied, up to {most_squared(into_a.dtype)}",
                 found=found,
                 reason="inexact",
             )
-        return a.astype(accumulator), b.astype(accumulator)
+        np.copyto(into_a, a.reshape(-1), casting="unsafe")
+        np.copyto(into_b, b.reshape(-1), casting="unsafe")
 
     def accumulate(self, lo: int, hi: int, into: Wide, first: bool) -> None:
         product, begin = self.product(), lo

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from deltafmt.checkpoint import Checkpoint
 from deltafmt.errors import AccessError, DeltafmtError, IntegrityError, MalformedError, UnsupportedError
-from deltafmt.hf import open_plain
+from deltafmt.hf_directory import open_plain
 from deltafmt.limits import DEFAULT_LIMITS
 
 Arrays = dict[str, npt.NDArray[Any]]
