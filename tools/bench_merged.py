@@ -300,7 +300,7 @@ def reading_time(report: Report, work: Path, repeats: int) -> None:
         rows.append(
             {"way": way, "merged, bit-exact, s": merged, "base + B A, s": summed, "times as long": merged / summed}
         )
-    note = f"Packing the merge: {seconds:.1f} s. unpack: file to file, digests checked; get_tensor: from an open archive."
+    note = f"Packing the merge: {seconds:.1f} s. unpack: file to file, digests checked; get_tensor: open already."
     report.table(f"Rank 16, {SIDE} x {SIDE}, bf16", rows, note)
 
 

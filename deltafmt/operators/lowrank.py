@@ -28,6 +28,8 @@ FACTOR_FLOATS = frozenset(dtype for dtype in DTYPES.values() if dtype.is_float)
 EXPONENTS = range(-100, 101)
 """Of two, in the scale of integer factors."""
 
+_COLUMNS = 1 << 16  # of which squares are added up at a time
+
 Integers = npt.NDArray[np.signedinteger[Any]]
 
 
@@ -103,7 +105,14 @@ def most_squared(accumulator: np.dtype[Any]) -> int:
 
 
 def _largest_square(factor: Integers) -> int:
-    """The largest sum of squares of a column, in halves: squares of I32 do not add up in 64 bits."""
+    """The largest sum of squares of a column."""
+    columns = factor.shape[1]
+    parts = (factor[:, begin : begin + _COLUMNS] for begin in range(0, columns, _COLUMNS))
+    return max((_largest_of(part) for part in parts), default=0)
+
+
+def _largest_of(factor: Integers) -> int:
+    """The same of some columns, in halves: squares of I32 do not add up in 64 bits."""
     high, low = np.zeros((2, factor.shape[1]), np.int64)
     for component in factor:
         squares = np.square(component.astype(np.int64))
