@@ -6,6 +6,7 @@ error, as whoever builds wheels for others wants it.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import subprocess
@@ -18,7 +19,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from packaging.tags import platform_tags
 
 LIBRARY = "deltafmt/native/libkernels.so.1"  # with that end, Python does not take it for a module
-FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+FLAGS = ["-std=gnu11", "-O3", "-fno-fast-math", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
+"""Fast math is a default of some compilers, and a library with it makes the whole process flush subnormals to zero."""
 
 
 class KernelsBuildHook(BuildHookInterface[Any]):
@@ -28,12 +30,16 @@ class KernelsBuildHook(BuildHookInterface[Any]):
         """Compile; called by hatchling before it collects the files of a wheel, or links an editable one."""
         root = Path(self.root)
         library = root / LIBRARY
-        command = [*compiler(), *FLAGS, "-shared", "-fPIC", "-o", str(library)]
+        fresh = library.with_name(f"{library.name}.{os.getpid()}")  # nobody may load what is half written
+        command = [*compiler(), *FLAGS, "-shared", "-fPIC", "-o", str(fresh)]
         command += sorted(str(source) for source in library.parent.glob("*.c"))
         library.unlink(missing_ok=True)
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError) as error:
+            ctypes.CDLL(str(fresh)).deltafmt_abi()
+            fresh.replace(library)
+        except (OSError, AttributeError, subprocess.CalledProcessError) as error:
+            fresh.unlink(missing_ok=True)
             reason = (getattr(error, "stderr", None) or str(error)).strip()
             if os.environ.get("DELTAFMT_KERNELS") == "require":
                 raise SystemExit(f"cannot build the kernels: {reason}") from error

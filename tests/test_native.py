@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from deltafmt import native
 from deltafmt.dtypes import DTYPES, round_to
-from deltafmt.encodings import planes, segments
+from deltafmt.encodings import planes, segments, zstd
+from deltafmt.errors import MalformedError
 from deltafmt.gemm import Product
 
 Array = npt.NDArray[Any]
@@ -73,6 +74,20 @@ def test_segments(width: int, signed: bool, parts: list[tuple[int, int]], seed: 
     assert found == expected
     assert np.array_equal(read, elements)
     assert np.array_equal(read_again, elements)
+
+
+@pytest.mark.parametrize("blocks", [3, 5000])
+def test_a_frame_ends_where_its_plane_does(blocks: int) -> None:
+    """By hand: blocks of one byte repeated 64 times. Whatever follows the last is refused, however many there are."""
+    head = b"\x28\xb5\x2f\xfd\xa0" + (64 * blocks).to_bytes(4, "little")
+    body = [(64 << 3 | 1 << 1 | (at == blocks - 1)).to_bytes(3, "little") + bytes([at % 256]) for at in range(blocks)]
+    frame = b"".join([head, *body])
+    (plane,) = zstd.decompress([np.frombuffer(frame, np.uint8)], [64 * blocks], "")
+    assert np.array_equal(plane, np.repeat(np.arange(blocks).astype(np.uint8), 64))
+    for more in (b"\0", b"\x50\x2a\x4d\x18\0\0\0\0", frame[:9] + body[-1]):
+        with pytest.raises(MalformedError) as caught:
+            zstd.decompress([np.frombuffer(frame + more, np.uint8)], [64 * blocks], "")
+        assert caught.value.reason == "chunk-size"
 
 
 def test_every_bf16_and_its_ties() -> None:
@@ -140,3 +155,8 @@ def test_what_kernels_are_told_is_checked() -> None:
         native.round_bf16(np.zeros(9, np.float32), even)
     with pytest.raises(ValueError):
         native.widen_bf16(even[::2], np.zeros(5, np.float32))
+    with pytest.raises(ValueError):
+        native.round_bf16(np.zeros(10, np.float32), np.broadcast_to(np.uint16(0), 10))
+    for low_bits, count in ((3, [10]), (8, [11, -1])):  # for C, 3 is 8
+        with pytest.raises(ValueError):
+            native.split_segments(even, count, [low_bits] * len(count), [1] * len(count), np.zeros(99, np.uint8))

@@ -25,6 +25,7 @@ _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
     write_checksum=False,
 )
 _SAMPLE = 4096
+_MOST_BLOCKS = 1000  # of 128 KiB, as a rule; what has more is decoded by itself
 _REPEATED = 1  # the kind of a block that is one byte, many times over
 _HAS_BATCHES = {"multi_compress_to_buffer", "multi_decompress_to_buffer"} <= zstandard.backend_features
 
@@ -80,35 +81,49 @@ def decompress(stored: Sequence[Plane], sizes: Sequence[int], where: str) -> lis
     packed = [index for index, (plane, size) in enumerate(zip(stored, sizes, strict=True)) if plane.size != size]
     try:
         for index in packed:
-            _check_frame(stored[index], sizes[index], where)
-        if _HAS_BATCHES and packed:
-            wanted = np.array([sizes[index] for index in packed], np.uint64)
-            frames: Any = [stored[index] for index in packed]
+            _check_header(stored[index], sizes[index], where)
+        together = [index for index in packed if _HAS_BATCHES and _is_whole(stored[index])]
+        for index in [index for index in packed if index not in together]:
+            frame, size = stored[index].data, sizes[index]
+            data = _CONTEXTS.decompressor.decompress(frame, max_output_size=size, allow_extra_data=False)
+            planes[index] = np.frombuffer(data, np.uint8)
+        if together:
+            wanted = np.array([sizes[index] for index in together], np.uint64)
+            frames: Any = [stored[index] for index in together]
             found: Any = _CONTEXTS.decompressor.multi_decompress_to_buffer(frames, decompressed_sizes=wanted.tobytes())
-        else:
-            found = [_CONTEXTS.decompressor.decompress(stored[index].data, sizes[index]) for index in packed]
+            for index, buffer in zip(together, found, strict=True):
+                planes[index] = np.frombuffer(buffer, np.uint8)
     except zstandard.ZstdError as error:
         what = f"a compressed plane does not decode: {error}"
         raise MalformedError(what, where=where, reason="chunk-size") from error
-    for index, plane in zip(packed, found, strict=True):
-        planes[index] = np.frombuffer(plane, np.uint8)
-        if planes[index].size != sizes[index]:
-            raise _wrong_size(where, sizes[index], planes[index].size)
+    for plane, size in zip(planes, sizes, strict=True):
+        if plane.size != size:
+            raise _wrong_size(where, size, plane.size)
     return planes
 
 
-def _check_frame(stored: Plane, size: int, where: str) -> None:
-    """One whole frame and nothing else, which says of itself that it holds `size` bytes: see spec/encodings/zstd.md."""
+def _check_header(stored: Plane, size: int, where: str) -> None:
+    """One frame that says of itself that it holds `size` bytes: see spec/encodings/zstd.md."""
     frame = zstandard.get_frame_parameters(stored.data)
     if frame.content_size != size or frame.dict_id or stored.size > size or bytes(stored[:3]) != b"\x28\xb5\x2f":
         raise _wrong_size(where, size, frame.content_size)
-    position, last = zstandard.frame_header_size(stored.data), 0
-    while not last and position + 3 <= stored.size:  # each block: whether it is the last, its kind, its size (RFC 8878)
+
+
+def _is_whole(stored: Plane) -> bool:
+    """Whether one frame ends where the plane does, as far as a few blocks can tell; decoding many at once is lenient.
+
+    Blocks say whether they are the last, of what kind they are, and how long (RFC 8878).
+    """
+    position = zstandard.frame_header_size(stored.data)
+    for _ in range(_MOST_BLOCKS):
+        if position + 3 > stored.size:
+            return False
         word = int(stored[position]) | int(stored[position + 1]) << 8 | int(stored[position + 2]) << 16
-        last, kind, length = word & 1, word >> 1 & 3, word >> 3
-        position += 3 + (1 if kind == _REPEATED else length)
-    if not last or position + 4 * frame.has_checksum != stored.size:
-        raise MalformedError("a compressed plane is not one frame", where=where, reason="chunk-size")
+        position += 3 + (1 if word >> 1 & 3 == _REPEATED else word >> 3)
+        if word & 1:
+            checksum = zstandard.get_frame_parameters(stored.data).has_checksum
+            return bool(position + 4 * checksum == stored.size)
+    return False
 
 
 def _wrong_size(where: str, expected: int, found: int) -> MalformedError:

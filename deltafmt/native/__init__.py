@@ -121,7 +121,7 @@ def product_onto_bf16(bits: Bits, into: Float32, top: int, a: Float32, b: Float3
 
 def _check_product(into: npt.NDArray[Any], width: int, top: int, a: Float32, b: Float32) -> None:
     rows, columns = into.shape
-    _require(into.itemsize == width)
+    _require(into.dtype == (np.float32 if width == 4 else np.uint16) and into.flags.writeable)
     _require(a.dtype == b.dtype == np.float32)
     _require(a.shape == (-(-columns // TILE_COLUMNS), a.shape[1], TILE_COLUMNS))
     _require(b.shape[1:] == (a.shape[1], TILE_ROWS))
@@ -163,7 +163,7 @@ class Bounds:
 
 def exponent_groups(bits: Bits, mantissa_bits: int, mask: int, groups: Bounds, out: Numbers) -> None:
     """The group of each float by its exponent, `[m]`: bits `mask`, moved down by `mantissa_bits`."""
-    _require(mask < groups.table.size)
+    _require(mask < groups.table.size and 0 <= mantissa_bits < 8 * bits.itemsize)
     _require(bits.size == out.size)
     _require(out.itemsize == 1)
     known = groups.bounds, groups.bounds.size, groups.table
@@ -177,7 +177,7 @@ def margin_groups(values: Floats, taken: int, groups: Bounds, out: Numbers, up: 
         values: float32 or float64.
         taken: how many bits rounding takes away, from 1.
     """
-    _require(values.size == out.size == up.size)
+    _require(values.size == out.size == up.size and 1 <= taken < 8 * values.itemsize)
     _require(out.itemsize == up.itemsize == 1)
     known = groups.bounds, groups.bounds.size, groups.table
     _call(f"margin_groups_{values.itemsize}", values, values.size, taken, *known, out, up)
@@ -250,7 +250,7 @@ def split_segments(
 ) -> None:
     """The planes of all segments, one behind the other: `encodings.segments`."""
     _require(sum(elements) == values.size)
-    columns = np.array([elements, low_bits, planes], np.int64)
+    columns = _columns(elements, low_bits, planes, values.itemsize)
     sizes = (columns[0] * columns[1] + 7) // 8 + columns[0] * (columns[2] - 1)
     _require(out.size >= sizes[columns[2] > 0].sum())
     _call(f"split_segments_{values.itemsize}", values, *columns, len(elements), out)
@@ -267,9 +267,16 @@ def merge_segments(
         for plane in range(number)
     ]
     _require([plane.nbytes for plane in data] == sizes)
-    columns = np.array([elements, low_bits, planes], np.int64)
+    columns = _columns(elements, low_bits, planes, out.itemsize)
     problem = _call(f"merge_segments_{out.itemsize}", _addresses(data), *columns, len(elements), out)
     return _PROBLEMS[int(problem)]
+
+
+def _columns(elements: Sequence[int], low_bits: Sequence[int], planes: Sequence[int], width: int) -> Counts:
+    """What is known of segments of elements of `width` bytes."""
+    columns = np.array([elements, low_bits, planes], np.int64)
+    _require(bool((columns >= 0).all() and (columns[2] <= width + 1).all() and np.isin(columns[1], (1, 2, 4, 8)).all()))
+    return columns
 
 
 def _require(condition: bool) -> None:
@@ -288,5 +295,6 @@ def _call(name: str, *arguments: npt.NDArray[Any] | int | None) -> Any:
     """Call a kernel; of arrays it gets the address. They have to be what it is told about them."""
     assert LIBRARY is not None
     arrays = [argument for argument in arguments if isinstance(argument, np.ndarray)]
-    _require(all(array.flags.c_contiguous for array in arrays))
+    _require(all(array.flags.c_contiguous and array.flags.aligned for array in arrays))
+    _require(arrays[-1].flags.writeable)
     return getattr(LIBRARY, name)(*(each.ctypes.data if isinstance(each, np.ndarray) else each for each in arguments))

@@ -13,8 +13,9 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-/* Each loop is compiled for processors of 2013 and newer (AVX2, FMA) and for all others; the loader chooses. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+/* Each loop is compiled for processors of 2013 and newer (AVX2, FMA) and for all others; the loader chooses, if it can
+   (glibc's does). */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define FAST __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define FAST

@@ -24,7 +24,7 @@ EXPORT void pack_panels(const float *restrict factor, int64_t r, int64_t n, int6
     }
 }
 
-typedef float lanes __attribute__((vector_size(32), aligned(4)));
+typedef float lanes __attribute__((vector_size(32), aligned(4), may_alias));
 
 INLINE void tile(const float *a, const float *b, int64_t r, float *sums) {
     lanes s[ROWS][3] = {{{0}}};
