@@ -111,3 +111,22 @@ class InspectReport(Report):
     files: tuple[str, ...] = ()
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
     annotations: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExportReport(Report):
+    """`loss` is the share of the whole change (Frobenius norm) that the base with the adapter merged lacks.
+
+    `stored_bytes` is the size of what was written. `tensors` are those that the fine-tune changed; their `method` is
+    `factors` (the archive's own), `svd`, or `left-out`, and their `rel_error` the share of their change that is lost.
+    `left_out` says why.
+    """
+
+    source: str = ""
+    destination: str = ""
+    base: str | None = None
+    format: str = "peft"
+    rank: int = 0
+    loss: float = 0.0
+    left_out: dict[str, str] = field(default_factory=dict)
+    files: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from .names import escaped
-from .report import InspectReport, PackReport, Report, TensorReport, UnpackReport, VerifyReport
+from .report import ExportReport, InspectReport, PackReport, Report, TensorReport, UnpackReport, VerifyReport
 
 _LISTED = 10  # of a long list
 _PIPE_WIDTH = 4096
@@ -184,6 +184,33 @@ def _(report: VerifyReport) -> Iterator[RenderableType]:
 
 
 # Their parts
+
+
+@_parts.register
+def _(report: ExportReport) -> Iterator[RenderableType]:
+    adapted = [tensor for tensor in report.tensors.values() if tensor.method != "left-out"]
+    taken = sum(tensor.method == "factors" for tensor in adapted)
+    yield _facts(
+        [
+            ("archive", escaped(report.source)),
+            ("adapter", f"{size(report.stored_bytes)}  {escaped(report.destination)} ({report.format})"),
+            ("base", escaped(report.base or "")),
+            (
+                "rank",
+                f"{report.rank}, {count(len(adapted), 'module')}: {taken} as stored, {len(adapted) - taken} fitted",
+            ),
+            ("lost", f"{report.loss:.3g} of the change, at most {report.max_rel_error:.3g} of a tensor's"),
+            ("left out", count(len(report.left_out), "changed tensor") if report.left_out else ""),
+            ("time", f"{report.seconds:.1f} s"),
+        ]
+    )
+    if report.tensors:
+        table = Table("lost", "rank", "tensor", "", box=box.SIMPLE_HEAD, title="What loses most", title_justify="left")
+        worst = sorted(report.tensors.items(), key=lambda item: -(item[1].rel_error or 0.0))
+        for name, tensor in worst[:_LISTED]:
+            rank = "" if tensor.rank is None else str(tensor.rank)
+            table.add_row(f"{tensor.rel_error:.3g}", rank, escaped(name), report.left_out.get(name, ""))
+        yield table
 
 
 def _needed(base: str, report: PackReport) -> str:

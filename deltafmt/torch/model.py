@@ -1,0 +1,219 @@
+"""A packed Hugging Face model as a model of transformers: dense, fused, or lazy."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import nn
+
+from ..errors import UsageError
+from ..reader import Archive
+from ..sources import Bases, PathLike, open_archive
+from .bases import BaseCache
+from .fill import bases_of, cast_of, fill, listed, move_buffers, take_over
+from .fused import merge
+from .lazy import LazyWeights
+from .skeleton import Architecture, architecture, full_model, skeleton
+from .slots import Slot, check_shapes, slots
+from .tensors import Cast, new_cast, read_tensors, torch_dtype
+
+Mode: TypeAlias = Literal["full", "fused", "lazy"]
+
+
+def load_model(
+    path: PathLike,
+    mode: Mode = "full",
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    base: Bases | None = None,
+    rank: int | None = None,
+    max_bytes: int | None = None,
+    bases: BaseCache | None = None,
+    keep: bool = False,
+    trust_remote_code: bool = False,
+    jobs: int | None = None,
+) -> Any:
+    """Load a packed model as the class of transformers that its `config.json` names, in evaluation mode.
+
+    Args:
+        path: the archive's directory, or a Hub id.
+        mode: `"full"`: dense weights, each tensor of the archive as it was, as `from_pretrained` loads the unpacked
+            model. `"fused"`: linear layers and embeddings that are stored as base and factors stay so, see `fused`;
+            whatever is stored as a *patch* of that sum lacks the patch, so that each weight is within a rounding step
+            or two of the exact one; all other tensors are exact. Only factors can be trained. `"lazy"`: nothing is read
+            yet; each layer reads its weights when it runs, and lets them go after that.
+        device: where it goes; the CPU by default.
+        dtype: of its floating-point weights; by default what `config.json` says, or else what the first weight has.
+        base: the base it was packed against, or several, as in `deltafmt.open`.
+        rank: use at most this many components of each pair of factors. In mode `"full"`: build the weights from these.
+        max_bytes: use as many components as fit: parameters and buffers take at most this many bytes.
+        bases: base weights to share with other models, mode `"fused"` only.
+        keep: mode `"lazy"`: keep weights once read.
+        trust_remote_code: run code that comes with the model.
+        jobs: threads; one per processor if None.
+
+    Returns:
+        A `transformers.PreTrainedModel`.
+
+    Raises:
+        MalformedError, UnsupportedError, IntegrityError: as spec/reasons.md says.
+        WrongBaseError: a base is missing, or is another model.
+        MissingExtraError: without transformers.
+        UsageError: transformers cannot build it, weights are missing, or it does not fit in `max_bytes`.
+    """
+    if mode not in get_args(Mode):
+        raise UsageError(f"unknown mode {mode!r}", hint=f"Choose one of {', '.join(get_args(Mode))}")
+    _check_options(mode, rank, max_bytes, bases, keep)
+    cast = new_cast(device, dtype)
+    with contextlib.ExitStack() as stack:
+        archive = stack.enter_context(open_archive(path, base))
+        of = architecture(archive.path, trust_remote_code)
+        model: nn.Module | None = None
+        if mode == "lazy":
+            model = _lazy(archive, of, cast, keep, jobs)
+            if model is not None:
+                stack.pop_all()  # the model closes it
+        elif mode == "fused" or rank is not None:
+            model = _fused(archive, of, cast, bases or BaseCache(), rank, max_bytes, jobs)
+            if model is not None and mode == "full":
+                merge(model)
+        return _full(archive, of, cast, max_bytes, jobs) if model is None else model
+
+
+def swap(
+    model: Any, path: PathLike, *, base: Bases | None = None, rank: int | None = None, trust_remote_code: bool = False
+) -> None:
+    """Turn a fused model into another fine-tune of its base, in place.
+
+    Factors, and whatever else differs, are read from the archive at `path`; base weights that both have in common stay
+    where they are, and if these are all that is needed of the base, `base` may be left out. If anything fails, the
+    model stays as it was.
+
+    Raises:
+        UsageError: `model` is not from `load_model(mode="fused")`, or the archive is of another architecture.
+        WrongBaseError and others: as `load_model`.
+    """
+    bases, cast = bases_of(model), cast_of(model)
+    with open_archive(path, base) as archive:
+        of = architecture(archive.path, trust_remote_code)
+        if of.model_class is not type(model):
+            raise UsageError(
+                "the archive is of another architecture",
+                where=str(archive.path),
+                expected=type(model).__name__,
+                found=of.model_class.__name__,
+            )
+        other = _fused(archive, of, cast, bases, rank, None, None)
+        if other is None:
+            raise UsageError("it cannot be fused", where=str(archive.path), hint="Load it with mode='full'")
+        take_over(model, other)
+
+
+def _check_options(mode: Mode, rank: int | None, max_bytes: int | None, bases: BaseCache | None, keep: bool) -> None:
+    if rank is not None and rank < 0:
+        raise UsageError("the rank is negative", found=rank)
+    if mode == "lazy" and not (rank is None and max_bytes is None):
+        raise UsageError("mode 'lazy' reads whole weights: rank and max_bytes do not apply")
+    if mode != "fused" and bases is not None:
+        raise UsageError(f"mode {mode!r} shares no base weights: bases does not apply", hint="Use mode='fused'")
+    if mode != "lazy" and keep:
+        raise UsageError(f"mode {mode!r} keeps all weights: keep does not apply", hint="Use mode='lazy'")
+
+
+def _full(archive: Archive, of: Architecture, cast: Cast, max_bytes: int | None, jobs: int | None) -> nn.Module:
+    needed = sum(info.count * cast.result(torch_dtype(info.dtype)).itemsize for info in archive.tensors.values())
+    if max_bytes is not None and needed > max_bytes:
+        raise UsageError(
+            "the dense model does not fit in max_bytes",
+            where=archive.location,
+            expected=f"at most {max_bytes}",
+            found=needed,
+            hint="mode='fused' takes less where layers share a base",
+        )
+    # On the CPU first: transformers puts no state dict elsewhere by itself.
+    tensors = read_tensors(archive, archive.tensors, Cast(None, cast.dtype), jobs)
+    model = full_model(of, _each_its_own(tensors), cast.dtype)
+    return model if cast.device is None else model.to(cast.device)
+
+
+def _each_its_own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """No two tensors in the same memory: a dense model may be trained in place."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        own[name] = tensor.clone() if id(tensor) in seen else tensor
+        seen.add(id(tensor))
+    return own
+
+
+def _fused(
+    archive: Archive,
+    of: Architecture,
+    cast: Cast,
+    bases: BaseCache,
+    rank: int | None,
+    max_bytes: int | None,
+    jobs: int | None,
+) -> nn.Module | None:
+    """None if names in the archive are not those of the model."""
+    dtype = _dtype(archive, of, cast)
+    cast = Cast(cast.device, dtype)
+    model = skeleton(of, dtype)
+    found = _slots(model, archive)
+    if found is None:
+        return None
+    fill(model, archive, found, cast, bases, rank, max_bytes, jobs)
+    return model
+
+
+def _lazy(archive: Archive, of: Architecture, cast: Cast, keep: bool, jobs: int | None) -> nn.Module | None:
+    """None if names in the archive are not those of the model."""
+    dtype = _dtype(archive, of, cast)
+    cast = Cast(cast.device, dtype)
+    model = skeleton(of, dtype)
+    found = _slots(model, archive)
+    if found is None:
+        return None
+    weights = LazyWeights(archive, cast, jobs, keep)
+    own: dict[nn.Module, dict[str, str]] = {}
+    for slot in found:
+        for place in slot.places:
+            parent, _, leaf = place.rpartition(".")
+            module = model.get_submodule(parent)
+            if leaf in module._parameters:
+                own.setdefault(module, {})[leaf] = slot.tensor
+            else:
+                module._buffers[leaf] = read_tensors(archive, [slot.tensor], cast)[slot.tensor]
+    for module, tensors in own.items():
+        weights.attach(module, tensors)
+    move_buffers(model, cast)
+    weakref.finalize(model, weights.close)
+    return model
+
+
+def _slots(model: nn.Module, archive: Archive) -> list[Slot] | None:
+    found, homeless = slots(model, archive.manifest)
+    if homeless:
+        modules = sorted({name.rpartition(".")[0] for name in homeless})
+        warnings.warn(
+            f"{archive.location}: tensors have other names than these modules of the model, which is loaded dense: "
+            f"{listed(modules)}",
+            stacklevel=4,
+        )
+        return None
+    check_shapes(model, found, archive.manifest, archive.path)
+    return found
+
+
+def _dtype(archive: Archive, of: Architecture, cast: Cast) -> torch.dtype:
+    """What was asked for, or what the configuration says, or what the first weight has."""
+    configured = getattr(of.config, "dtype", None)
+    if isinstance(configured, str):
+        configured = getattr(torch, configured)
+    floats = (torch_dtype(info.dtype) for info in archive.tensors.values() if info.dtype.is_float)
+    return cast.dtype or configured or next(floats, torch.float32)

@@ -1,0 +1,163 @@
+"""A packed model as a state dict: all of it, or lazily, tensor by tensor and slice by slice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import EllipsisType, TracebackType
+from typing import Any, Literal, TypeAlias, overload
+
+import torch
+
+from ..archive import OpenArchive, TensorSlice
+from ..archive import open as open_lazily
+from ..dtypes import DTYPES
+from ..rebuild import good_step
+from ..sources import Bases, PathLike, open_archive
+from .tensors import SAFETENSORS_NAMES, Cast, new_cast, read_tensors, torch_dtype
+
+_BLOCK_ELEMENTS = 1 << 20
+
+_Part: TypeAlias = int | slice | EllipsisType
+Index: TypeAlias = _Part | tuple[_Part, ...]
+
+
+@overload
+def load_state_dict(
+    path: PathLike,
+    *,
+    device: torch.device | str | None = ...,
+    dtype: torch.dtype | None = ...,
+    base: Bases | None = ...,
+    lazy: Literal[False] = ...,
+    jobs: int | None = ...,
+) -> dict[str, torch.Tensor]: ...
+
+
+@overload
+def load_state_dict(
+    path: PathLike,
+    *,
+    device: torch.device | str | None = ...,
+    dtype: torch.dtype | None = ...,
+    base: Bases | None = ...,
+    lazy: Literal[True],
+    jobs: int | None = ...,
+) -> LazyStateDict: ...
+
+
+def load_state_dict(
+    path: PathLike,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    base: Bases | None = None,
+    lazy: bool = False,
+    jobs: int | None = None,
+) -> dict[str, torch.Tensor] | LazyStateDict:
+    """Load a packed model.
+
+    Args:
+        path: the archive's directory, or a Hub id.
+        device: where the tensors go; by default they stay on the CPU.
+        dtype: what floating-point tensors are cast to; by default they keep theirs.
+        base: the base it was packed against, or several, as in `deltafmt.open`.
+        lazy: read nothing yet; give a `LazyStateDict`, to be closed by the caller.
+        jobs: threads; one per processor if None.
+
+    Returns:
+        Name -> tensor, in the order of the archive. Tensors that are stored once under several names are one tensor:
+        clone them before you train them in place.
+
+    Raises:
+        MalformedError, UnsupportedError, IntegrityError: as spec/reasons.md says.
+        WrongBaseError: a base is missing, or is another model.
+        UsageError: `dtype` is no float, or `device` cannot be used.
+    """
+    cast = new_cast(device, dtype)
+    if lazy:
+        return LazyStateDict(open_lazily(path, base, "pt", jobs=jobs), cast)
+    with open_archive(path, base) as archive:
+        return read_tensors(archive, archive.tensors, cast, jobs)
+
+
+class LazyStateDict(Mapping[str, "LazyTensor"]):
+    """Names -> `LazyTensor`s, which read the archive where they are indexed. Close it, or use it in a `with` block."""
+
+    def __init__(self, archive: OpenArchive, cast: Cast) -> None:
+        self._archive, self._cast = archive, cast
+        self._names = dict.fromkeys(archive.keys())
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return LazyTensor(self._archive.get_slice(name), self._cast)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def close(self) -> None:
+        """Close the archive and its bases. Reading afterwards raises `UsageError`."""
+        self._archive.close()
+
+    def __enter__(self) -> LazyStateDict:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class LazyTensor:
+    """A tensor that is read where it is indexed, as safetensors' `PySafeSlice`."""
+
+    def __init__(self, archived: TensorSlice, cast: Cast) -> None:
+        self._archived, self._cast = archived, cast
+
+    def get_shape(self) -> list[int]:
+        return self._archived.get_shape()
+
+    def get_dtype(self) -> str:
+        """The safetensors name of the dtype that indexing gives."""
+        return SAFETENSORS_NAMES[self._cast.result(torch_dtype(DTYPES[self._archived.get_dtype()]))]
+
+    def __getitem__(self, index: Index) -> torch.Tensor:
+        """Basic indexing. Only the rows that the first axis asks for are decoded; where further axes are cut, block by
+        block, so that little more than the result is in memory."""
+        rows, rest = self._rows_and_rest(index)
+        if rows is None or all(part == slice(None) for part in rest):
+            whole: torch.Tensor = self._archived[index]
+            return self._cast(whole)
+        shape = tuple(self.get_shape())
+        row = max(1, _elements(shape[1:]))
+        step = max(1, good_step(shape, DTYPES[self._archived.get_dtype()].width, _BLOCK_ELEMENTS) // row)
+        result: torch.Tensor | None = None
+        for lo in range(rows.start, rows.stop, step) or [rows.start]:
+            hi = min(lo + step, rows.stop)
+            block: torch.Tensor = self._archived[(slice(lo, hi), *rest)]
+            if result is None:
+                result = torch.empty(
+                    (len(rows), *block.shape[1:]), dtype=self._cast.result(block.dtype), device=self._cast.device
+                )
+            result[lo - rows.start : hi - rows.start].copy_(block)
+        assert result is not None
+        return result
+
+    def _rows_and_rest(self, index: Index) -> tuple[range | None, list[Any]]:
+        """The rows, if they are a run of them, and what is asked of the other axes."""
+        shape = self.get_shape()
+        parts: list[Any] = list(index) if isinstance(index, tuple) else [index]
+        if parts.count(Ellipsis) == 1 and len(parts) - 1 <= len(shape):
+            place = parts.index(Ellipsis)
+            parts[place : place + 1] = [slice(None)] * (len(shape) - len(parts) + 1)
+        if not parts or not shape or len(parts) > len(shape) or not isinstance(parts[0], slice):
+            return None, []
+        rows = range(*parts[0].indices(shape[0]))
+        return (rows if rows.step == 1 else None), parts[1:]
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())

@@ -1,0 +1,181 @@
+"""Tensors of an open archive as torch tensors: read side by side, each of them once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from ..dtypes import DTYPES, Bits, Dtype, Shape
+from ..errors import UsageError
+from ..gemm import one_thread_each
+from ..manifest import Manifest
+from ..operators import Ref
+from ..operators.base import Read
+from ..pipeline import Pipeline, Pool
+from ..reader import Archive
+from ..rebuild import Rebuilder, read_in_pieces
+
+_Key = TypeVar("_Key", bound=Hashable)
+
+SAFETENSORS_NAMES = {getattr(torch, dtype.values.name): dtype.name for dtype in DTYPES.values()}
+"""torch dtype -> its name in safetensors."""
+
+
+def torch_dtype(dtype: Dtype) -> torch.dtype:
+    """The torch dtype of the same name: numpy, ml_dtypes and torch agree on them."""
+    found: torch.dtype = getattr(torch, dtype.values.name)
+    return found
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Where tensors go, and as what: floats become `dtype`, all others keep theirs. None leaves things as they are."""
+
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+
+    def result(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that tensors of `dtype` get."""
+        return dtype if self.dtype is None or not dtype.is_floating_point else self.dtype
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device=self.device, dtype=self.result(tensor.dtype))
+
+
+def new_cast(device: torch.device | str | None, dtype: torch.dtype | None) -> Cast:
+    """Raises `UsageError` for a dtype that is none of torch's floats, and for a device that is unknown."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UsageError(f"{dtype} is no floating-point dtype of torch", hint="Pass one, such as torch.bfloat16")
+    try:
+        place = None if device is None else torch.empty(0, device=device).device  # with its number
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UsageError(f"the device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return Cast(place, dtype)
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something to be read as a whole: `read` fills all of its bits, in any thread."""
+
+    dtype: Dtype
+    shape: Shape
+    read: Callable[[Bits], object]
+
+
+def read_items(items: Mapping[_Key, Item], cast: Cast, pipeline: Pipeline) -> dict[_Key, torch.Tensor]:
+    """Read all items side by side. Beside the result, a bounded number of bytes is in memory before they are cast."""
+
+    def read(key: _Key) -> torch.Tensor:
+        tensor, bits = _empty(items[key].dtype, items[key].shape)
+        items[key].read(bits)
+        return cast(tensor)
+
+    return dict(pipeline.ordered(items, read, lambda key: items[key].dtype.nbytes(items[key].shape)))
+
+
+def _empty(dtype: Dtype, shape: Shape) -> tuple[torch.Tensor, Bits]:
+    """A tensor, and its memory as flat bits."""
+    tensor = torch.empty(shape, dtype=torch_dtype(dtype))
+    return tensor, tensor.reshape(-1).view(torch.uint8).numpy().view(dtype.bits)
+
+
+def same_as(manifest: Manifest, name: str) -> Ref:
+    """The tensor that `name` is, of the archive or of a base: references that add nothing are followed to their end."""
+    while isinstance(recipe := manifest.tensors[name].recipe, Ref):
+        if recipe.base is not None:
+            return recipe
+        name = recipe.tensor
+    return Ref(name)
+
+
+def read_tensors(
+    archive: Archive, names: Iterable[str], cast: Cast, jobs: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Rebuild tensors, each of them once; what others refer to comes first, and is not read again for these.
+
+    Names that mean the same tensor share one torch tensor. Where `cast` changes something, tensors that others refer to
+    are kept as they were until those are done.
+    """
+    meaning = {name: same_as(archive.manifest, name) for name in names}
+    wanted = {ref: name if ref.base is not None else ref.tensor for name, ref in reversed(meaning.items())}
+    memory = _Memory(archive)
+    tensors: dict[str, torch.Tensor] = {}
+    with contextlib.closing(Pool(jobs)) as pool, Pipeline(jobs) as pipeline, one_thread_each():
+        levels = _levels(archive.manifest, list(wanted.values()))
+        for number, level in enumerate(levels):
+            memory.keep(_referred(archive.manifest, [name for later in levels[number:] for name in later]))
+            tensors |= read_items({name: _whole(archive, name, memory, pool) for name in level}, cast, pipeline)
+    return {name: tensors[wanted[ref]] for name, ref in meaning.items()}
+
+
+def read_tensor(archive: Archive, name: str, cast: Cast, pool: Pool) -> torch.Tensor:
+    """Rebuild one tensor, its pieces side by side."""
+    rebuilder = archive.rebuilder(name)
+    info = archive.tensors[name]
+    tensor, bits = _empty(info.dtype, info.shape)
+    read_in_pieces(rebuilder, 0, bits.size, bits, pool)
+    return cast(tensor)
+
+
+def _whole(archive: Archive, name: str, memory: _Memory, pool: Pool) -> Item:
+    tensor = archive.manifest.tensors[name]
+
+    def read(bits: Bits) -> None:
+        rebuilder = Rebuilder(tensor.recipe, memory, archive.scope, archive.scope.target(name))
+        read_in_pieces(rebuilder, 0, bits.size, bits, pool)
+        memory.offer(name, bits)
+
+    return Item(tensor.dtype, tensor.shape, read)
+
+
+class _Memory:
+    """A `Source` that has tensors which were rebuilt already; everything else is the archive's."""
+
+    def __init__(self, archive: Archive) -> None:
+        self._archive = archive
+        self._wanted: set[str] = set()
+        self._bits: dict[str, Bits] = {}
+
+    def keep(self, names: set[str]) -> None:
+        """From now on keep these, and no others."""
+        self._wanted = names
+        self._bits = {name: bits for name, bits in self._bits.items() if name in names}
+
+    def offer(self, name: str, bits: Bits) -> None:
+        if name in self._wanted:
+            self._bits[name] = bits
+
+    def array_reader(self, name: str) -> Read:
+        return self._archive.array_reader(name)
+
+    def tensor_reader(self, name: str) -> Read:
+        known = self._bits.get(same_as(self._archive.manifest, name).tensor)
+        if known is None:
+            return self._archive.tensor_reader(name)
+        return lambda lo, hi, out: np.copyto(out, known[lo:hi])
+
+    def base_reader(self, base: str, name: str) -> Read:
+        return self._archive.base_reader(base, name)
+
+
+def _referred(manifest: Manifest, names: Sequence[str]) -> set[str]:
+    """The tensors of the archive that recipes of `names` refer to, each by the name it is stored under."""
+    nodes = (node for name in names for node in manifest.tensors[name].recipe.walk() if isinstance(node, Ref))
+    ends = (same_as(manifest, node.tensor) for node in nodes if node.base is None)
+    return {end.tensor for end in ends if end.base is None}
+
+
+def _levels(manifest: Manifest, names: Sequence[str]) -> list[list[str]]:
+    """The tensors in groups: each refers to tensors of earlier groups, if to any of `names`."""
+    left, levels = list(dict.fromkeys(names)), []
+    while left:
+        waiting = set(left)
+        ready = [name for name in left if not (_referred(manifest, [name]) & waiting)]
+        levels.append(ready)
+        left = [name for name in left if name not in set(ready)]
+    return levels

@@ -1,0 +1,174 @@
+"""`torch.distributed.checkpoint` through `DeltafmtReader`: two ranks, each with a part of every tensor."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
+from torch.distributed.checkpoint.state_dict_loader import load  # noqa: E402
+
+import deltafmt  # noqa: E402
+from deltafmt.dcp import DeltafmtReader  # noqa: E402
+from deltafmt.errors import DeltafmtError, MissingExtraError, UsageError, WrongBaseError  # noqa: E402
+
+ROWS, COLUMNS = 96, 48
+one_process = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """(base, lossless archive against it, lossy low-rank archive against it) of tensors of several shapes."""
+    root = tmp_path_factory.mktemp("dcp")
+    random = torch.Generator().manual_seed(0)
+    base = {
+        "matrix": torch.randn(ROWS, COLUMNS, generator=random),
+        "half": torch.randn(ROWS, COLUMNS, generator=random).bfloat16(),
+        "cube": torch.randn(4, 6, 10, generator=random),
+        "bias": torch.randn(ROWS, generator=random),
+        "scalar": torch.tensor(3.5),
+        "steps": torch.arange(10),
+    }
+    moved = torch.randn(ROWS, 3, generator=random) @ torch.randn(3, COLUMNS, generator=random) / 64
+    tuned = {**base, "matrix": base["matrix"] + moved, "half": (base["half"] + moved).bfloat16()}
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        (root / name).mkdir()
+        save_file(tensors, root / name / "model.safetensors")
+    deltafmt.pack(root / "tuned", root / "exact", base=root / "base")
+    deltafmt.pack(root / "tuned", root / "lossy", base=root / "base", method="lowrank", rank=3)
+    return root / "base", root / "exact", root / "lossy"
+
+
+# What each rank runs: every tensor in two dimensions as each placement, the others replicated.
+_RANK = """
+import sys
+import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor, Replicate, Shard, zeros
+from torch.distributed.device_mesh import init_device_mesh
+from deltafmt.dcp import DeltafmtReader
+rank, rendezvous, out, base, *archives = int(sys.argv[1]), *sys.argv[2:]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+shapes = {"matrix": (96, 48, torch.float32), "half": (96, 48, torch.bfloat16), "cube": (4, 6, 10, torch.float32)}
+counts, parts = {}, {}
+for archive in archives:
+    for label, placement in {"rows": Shard(0), "columns": Shard(1), "whole": Replicate()}.items():
+        state = {name: zeros(*shape, dtype=dtype, device_mesh=mesh, placements=[placement])
+                 for name, (*shape, dtype) in shapes.items()}
+        with DeltafmtReader(archive, base=base) as reader:
+            dcp.load(state, storage_reader=reader)
+        own = sum(tensor.to_local().numel() for tensor in state.values())
+        counts[archive, label] = own, reader.elements_loaded, reader.elements_built
+        parts |= {(archive, label, name): tensor.to_local().contiguous() for name, tensor in state.items()}
+torch.save((counts, parts), out)
+dist.destroy_process_group()
+"""
+
+
+def test_each_rank_builds_its_own_part(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, *archives = models
+    outputs = [tmp_path / f"rank{rank}.pt" for rank in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", _RANK, str(rank), str(tmp_path / "rendezvous"), str(output), *map(str, models)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, output in enumerate(outputs)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    (counts, first), (other_counts, second) = (torch.load(output) for output in outputs)
+    assert counts == other_counts
+    for archive in archives:
+        deltafmt.unpack(archive, tmp_path / archive.name, base=base)
+        plain = load_file(tmp_path / archive.name / "model.safetensors")
+        total = sum(plain[name].numel() for name in ("matrix", "half", "cube"))
+        # (its own elements, those loaded, those built): by rows, what belongs to the other rank is not touched
+        assert counts[str(archive), "rows"] == (total // 2, total // 2, total // 2)
+        assert counts[str(archive), "columns"] == (total // 2, total // 2, total)
+        assert counts[str(archive), "whole"] == (total, total, total)
+        for name in ("matrix", "half", "cube"):
+            rows, columns, whole = ((str(archive), label, name) for label in ("rows", "columns", "whole"))
+            for loaded in (
+                torch.cat([first[rows], second[rows]]),
+                torch.cat([first[columns], second[columns]], dim=1),
+                first[whole],
+                second[whole],
+            ):
+                if archive.name == "exact":
+                    assert torch.equal(loaded, plain[name]), name
+                else:  # float products in blocks of another size may round otherwise
+                    torch.testing.assert_close(loaded, plain[name], rtol=1e-2, atol=1e-6)
+
+
+@one_process
+def test_a_plain_state_dict_in_one_process(models: tuple[Path, Path, Path]) -> None:
+    base, archive, _ = models
+    with DeltafmtReader(archive, base=base) as reader, deltafmt.open(archive, base, framework="pt") as expected:
+        state = {name: torch.zeros_like(expected.get_tensor(name)) for name in expected.keys()}  # noqa: SIM118
+        load(state, storage_reader=reader)
+        assert state.keys() == {"matrix", "half", "cube", "bias", "scalar", "steps"}
+        for name, tensor in state.items():
+            assert torch.equal(tensor, expected.get_tensor(name)), name
+    assert reader.elements_built == reader.elements_loaded == sum(tensor.numel() for tensor in state.values())
+
+
+@one_process
+def test_a_part_of_the_model_in_another_dtype(models: tuple[Path, Path, Path]) -> None:
+    base, archive, _ = models
+    state = {"bias": torch.zeros(ROWS, dtype=torch.float64)}
+    with DeltafmtReader(archive, base=base) as reader:
+        load(state, storage_reader=reader)
+    assert torch.equal(state["bias"], load_file(base / "model.safetensors")["bias"].double())
+    assert reader.elements_built == ROWS
+
+
+@one_process
+def test_another_archive_through_the_same_reader(models: tuple[Path, Path, Path]) -> None:
+    base, exact, lossy = models
+    with DeltafmtReader(exact, base=base) as reader, deltafmt.open(lossy, base, framework="pt") as expected:
+        state = {"matrix": torch.zeros(ROWS, COLUMNS)}
+        load(state, checkpoint_id=lossy, storage_reader=reader)
+        assert torch.equal(state["matrix"], expected.get_tensor("matrix"))
+    assert DeltafmtReader.validate_checkpoint_id(exact)
+    assert not DeltafmtReader.validate_checkpoint_id(base)
+
+
+@one_process
+def test_what_cannot_be_loaded_is_said(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, archive, _ = models
+    with pytest.raises(DeltafmtError, match=r"deltafmt\.json"):
+        DeltafmtReader(base)
+    with pytest.raises(WrongBaseError):
+        DeltafmtReader(archive, base=_with_other_shapes(tmp_path))
+    reader = DeltafmtReader(archive, base=base)
+    with pytest.raises(CheckpointException, match="no_such_tensor"):
+        load({"no_such_tensor": torch.zeros(2)}, storage_reader=reader)
+    with pytest.raises(CheckpointException, match="Size mismatch"):
+        load({"bias": torch.zeros(ROWS + 1)}, storage_reader=reader)
+    reader.close()
+    with pytest.raises(UsageError, match="closed"):
+        reader.read_metadata()
+    with DeltafmtReader(archive) as without_base, pytest.raises(CheckpointException, match="base"):
+        load({"matrix": torch.zeros(ROWS, COLUMNS)}, storage_reader=without_base)
+
+
+def test_torch_without_its_distributed_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.distributed.checkpoint.storage", None)  # importing it fails
+    monkeypatch.delitem(sys.modules, "deltafmt.dcp")
+    with pytest.raises(MissingExtraError, match=r"deltafmt\[torch\]"):
+        importlib.import_module("deltafmt.dcp")
+
+
+def _with_other_shapes(folder: Path) -> Path:
+    save_file({"matrix": torch.zeros(2, 2)}, folder / "model.safetensors")
+    return folder

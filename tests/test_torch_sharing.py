@@ -1,0 +1,190 @@
+"""`deltafmt.torch.load_model` on shared layers and on a real fine-tune; what it cannot fuse, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import deltafmt
+import synthetic
+from deltafmt.errors import UsageError, WrongBaseError
+from deltafmt.torch import load_model
+from deltafmt.torch.fused import deltas
+
+transformers.utils.logging.disable_progress_bar()
+
+IDS = torch.arange(100, 140)[None]
+
+
+def resident(model: nn.Module) -> int:
+    """Bytes of the memory that a model holds, each storage once."""
+    tensors = [each for each in (*model.parameters(), *model.buffers()) if each.device.type != "meta"]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
+
+
+def run(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(IDS)[0]
+    return found
+
+
+@pytest.fixture(scope="module")
+def layered(minilm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(archive, the unpacked model): 8 blocks, of which 3 are another one plus something of rank 16."""
+    root = tmp_path_factory.mktemp("layered")
+    synthetic.delta_llm(minilm_dir, root / "src", blocks=8, vocabulary=512)
+    deltafmt.pack(root / "src", root / "packed", method="lowrank", rank=16, share="sequential:3")
+    deltafmt.unpack(root / "packed", root / "plain")
+    return root / "packed", root / "plain"
+
+
+def test_shared_layers_take_no_more_than_what_is_stored(layered: tuple[Path, Path]) -> None:
+    packed, plain_dir = layered
+    with deltafmt.open(packed) as archive:
+        manifest = archive._archive.manifest
+        arrays = sum(
+            array.dtype.nbytes(array.shape)
+            for name, array in manifest.arrays.items()
+            if name not in manifest.checkpoint.arrays
+        )
+    model, plain = load_model(packed, "fused"), load_model(packed)
+    assert len(deltas(model)) >= 14
+    assert resident(model) <= 1.02 * arrays
+    assert resident(model) < 0.8 * resident(plain)
+    owners = {layer.holder for layer in deltas(model).values()}
+    assert all(isinstance(owner, nn.Linear) for owner in owners)  # no pool: the anchors are layers of the model
+    assert len({name.rpartition(".")[2] for name in model.state_dict()}) == 3  # weights and factors
+    expected = run(transformers.LlamaForCausalLM.from_pretrained(plain_dir).float())
+    torch.testing.assert_close(run(model.float()), expected, rtol=0, atol=0.05)  # weights unrounded, others rounded
+    assert torch.equal(run(load_model(packed, dtype=torch.float32)), expected)
+    assert torch.equal(run(load_model(packed, "lazy", dtype=torch.float32)), expected)
+
+
+def test_a_lazy_model_holds_a_layer_at_a_time(layered: tuple[Path, Path]) -> None:
+    packed, _ = layered
+    model = load_model(packed, "lazy")
+    before, most = resident(model), []
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: most.append(resident(model)), prepend=True)
+    run(model)
+    assert resident(model) == before < 100_000
+    largest = max(each.nbytes for each in load_model(packed).parameters())
+    assert largest <= max(most) <= before + largest
+    kept = load_model(packed, "lazy", keep=True)
+    run(kept)
+    assert all(each.device.type == "cpu" for each in kept.parameters())
+
+
+def test_a_real_fine_tune(minilm_dir: Path, finetune_dir: Path, tmp_path: Path) -> None:
+    deltafmt.pack(finetune_dir, tmp_path / "packed", base=minilm_dir, rank=16, include=["*attention*"])
+    deltafmt.unpack(tmp_path / "packed", tmp_path / "plain", base=minilm_dir)
+    expected = run(transformers.AutoModel.from_pretrained(tmp_path / "plain"))
+    assert torch.equal(run(load_model(tmp_path / "packed", base=minilm_dir)), expected)
+    model = load_model(tmp_path / "packed", "fused", base=minilm_dir)
+    assert len(deltas(model)) == 24
+    torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-5)
+    with pytest.raises(WrongBaseError):
+        load_model(tmp_path / "packed", "fused")
+    with pytest.raises(WrongBaseError):
+        load_model(tmp_path / "packed", "fused", base=finetune_dir)
+
+
+class OddLinear(nn.Linear):
+    """Does something else with its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+def test_what_cannot_be_fused_is_dense_and_named(layered: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    real = modeling_llama.LlamaMLP.__init__
+
+    def build(self: Any, config: Any) -> None:
+        real(self, config)
+        self.up_proj = OddLinear(config.hidden_size, config.intermediate_size, bias=False)
+
+    packed, _ = layered
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "__init__", build)
+    with pytest.warns(UserWarning, match=r"layers\.\d\.mlp\.up_proj \(OddLinear\)"):
+        model = load_model(packed, "fused", dtype=torch.float32)
+    torch.testing.assert_close(run(model), run(load_model(packed, dtype=torch.float32)), rtol=0, atol=0.1)
+    assert type(model.model.layers[3].mlp.up_proj) is OddLinear
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A tiny BERT encoder."""
+    config = transformers.BertConfig(
+        vocab_size=160, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_names_of_another_time_are_loaded_dense(tiny: Path, tmp_path: Path) -> None:
+    weights = load_file(tiny / "model.safetensors")
+    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor for name, tensor in weights.items()}
+    save_file(old, tiny / "model.safetensors", metadata={"format": "pt"})
+    deltafmt.pack(tiny, tmp_path / "packed")
+    expected = run(transformers.BertModel.from_pretrained(tiny))
+    for mode in ("fused", "lazy"):
+        with pytest.warns(UserWarning, match="LayerNorm"):
+            model = load_model(tmp_path / "packed", mode)
+        assert torch.equal(run(model), expected)
+
+
+@pytest.mark.parametrize("mode", ["full", "fused", "lazy"])
+def test_missing_weights_are_not_made_up(tiny: Path, tmp_path: Path, mode: Any) -> None:
+    weights = load_file(tiny / "model.safetensors")
+    del weights["encoder.layer.0.output.dense.weight"]
+    save_file(weights, tiny / "model.safetensors", metadata={"format": "pt"})
+    deltafmt.pack(tiny, tmp_path / "packed")
+    with pytest.raises(UsageError, match=r"lacks weights of encoder\.layer\.0\.output\.dense\.weight"):
+        if mode == "full":
+            load_model(tmp_path / "packed", mode)
+        else:
+            with pytest.warns(UserWarning, match="output"):
+                load_model(tmp_path / "packed", mode)
+
+
+def test_what_makes_no_sense_is_refused(tiny: Path, tmp_path: Path) -> None:
+    deltafmt.pack(tiny, tmp_path / "packed")
+    for options in (
+        {"mode": "fast"},
+        {"rank": -1},
+        {"mode": "lazy", "rank": 2},
+        {"mode": "lazy", "max_bytes": 2},
+        {"bases": deltafmt.torch.BaseCache()},
+        {"keep": True},
+        {"dtype": torch.int32},
+        {"device": "abacus"},
+    ):
+        with pytest.raises(UsageError):
+            load_model(tmp_path / "packed", **options)
+
+
+def test_a_configuration_of_no_model(tiny: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    for number, broken in enumerate(({"architectures": ["NoSuchModel"]}, {"model_type": "nothing"})):
+        (tiny / "config.json").write_text(json.dumps(config | broken))
+        deltafmt.pack(tiny, tmp_path / str(number))
+        with pytest.raises(UsageError):
+            load_model(tmp_path / str(number))
+
+
+def test_a_configuration_of_another_shape(tiny: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps(config | {"vocab_size": 170}))
+    deltafmt.pack(tiny, tmp_path / "packed")
+    for mode in ("fused", "lazy"):
+        with pytest.raises(UsageError, match="does not fit the model"):
+            load_model(tmp_path / "packed", mode)
