@@ -40,7 +40,7 @@ def open(
     """Open an archive for reading. No tensor bytes are read until they are asked for.
 
     Args:
-        path: the archive's directory, or a Hub id.
+        path: the archive's directory or single file, or a Hub id.
         base: the base it was packed against, if any: a path, a Hub id, a sequence of these in any order if there are
             several, or a mapping of base ids to these.
         framework: `"np"` for numpy arrays (`ml_dtypes` for bfloat16 and float8), `"pt"` for torch tensors.

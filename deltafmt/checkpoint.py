@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,9 +14,11 @@ from typing import TypeVar
 import numpy as np
 
 from .dtypes import Bits, Dtype, Shape
+from .errors import AccessError
 from .scratch import scratch
 
 _PIECE_ELEMENTS = 1 << 20
+_BLOCK = 4 << 20
 _Self = TypeVar("_Self", bound="Checkpoint")
 
 
@@ -43,6 +45,37 @@ class WeightFileLayout:
     header: bytes
 
 
+@dataclass(frozen=True)
+class FilePart:
+    """A file, or `size` bytes of it from `begin`."""
+
+    path: Path
+    begin: int = 0
+    size: int | None = None
+
+    def blocks(self) -> Iterator[bytes]:
+        """Its content, piece by piece. Raises `AccessError`."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.begin)
+                left = math.inf if self.size is None else self.size
+                while block := file.read(int(min(left, _BLOCK))):
+                    left -= len(block)
+                    yield block
+        except OSError as error:
+            raise AccessError(f"cannot read: {error.strerror}", where=str(self.path)) from error
+
+    def nbytes(self) -> int:
+        return self.path.stat().st_size if self.size is None else self.size
+
+    def digest(self) -> str:
+        """`sha256:hex` of its content."""
+        running = hashlib.sha256()
+        for block in self.blocks():
+            running.update(block)
+        return "sha256:" + running.hexdigest()
+
+
 class Checkpoint(ABC):
     """A model: named tensors, the layout of its weight files, and its other files. Reads are thread-safe.
 
@@ -51,7 +84,7 @@ class Checkpoint(ABC):
         tensors: name -> `TensorInfo`, in the order in which they lie in the files.
         files: the weight files. A source that is not safetensors gives the safetensors files it is to become.
         index: name and bytes of the shard index, if there is one.
-        sidecars: every other file of the checkpoint: relative name (with `/`) -> path.
+        sidecars: every other file of the checkpoint: relative name (with `/`) -> where its content is.
         input_bytes: bytes of all files as they are on disk.
     """
 
@@ -59,7 +92,7 @@ class Checkpoint(ABC):
     tensors: Mapping[str, TensorInfo]
     files: tuple[WeightFileLayout, ...]
     index: tuple[str, bytes] | None
-    sidecars: Mapping[str, Path]
+    sidecars: Mapping[str, FilePart]
     input_bytes: int
 
     @abstractmethod

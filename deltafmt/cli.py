@@ -10,7 +10,7 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,7 @@ import click
 from .arguments import JOBS, LIMIT, OVERWRITE, QUIET, VERBOSE, Number, Settings, bases, common, layout, model, size
 from .errors import DeltafmtError, IntegrityError, UsageError
 from .inspect import inspect
+from .lora_export import RANKS, export_lora
 from .methods.sharing import Parts
 from .outcome import Stopped, StoppedError, explained, stoppable, tell
 from .pack import METHODS, pack
@@ -115,10 +116,16 @@ def program(ctx: click.Context) -> None:
 @JOBS
 @OVERWRITE
 @click.option("--dry-run", is_flag=True, help="Do all the work and report the sizes, but write nothing.")
+@click.option("--single-file", is_flag=True, help="Write the whole archive into one file; DST ends in .safetensors.")
+@click.option(
+    "--auto-map",
+    is_flag=True,
+    help="Let transformers load DST with trust_remote_code=True: changes its config.json (needs the extra 'hf').",
+)
 @common
 @click.pass_obj
-def pack_command(settings: Settings, /, src: str, dst: str, share_parts: Parts, **options: Any) -> None:
-    """Pack the checkpoint SRC into an archive, the new directory DST.
+def pack_command(settings: Settings, /, src: str, dst: str, share_parts: Parts, auto_map: bool, **options: Any) -> None:
+    """Pack the checkpoint SRC into an archive, the new directory DST; with --single-file, the new file DST.
 
     Lossless by default: each tensor is stored as a reference to an identical one, as a patch to what predicts it,
     compressed, or as it is, whichever is smallest. DST appears once all of it is written, or not at all.
@@ -147,13 +154,26 @@ def pack_command(settings: Settings, /, src: str, dst: str, share_parts: Parts, 
       deltafmt pack model/ packed/
       deltafmt pack finetune/ packed/ --base org/base-model
       deltafmt pack merge/ packed/ --base one/ --base other/
+      deltafmt pack model/ packed.safetensors --single-file
       deltafmt pack finetune/ packed/ --base base/ --rank 64 --exclude '*embed*'
       deltafmt pack finetune/ packed/ --base base/ --target-size 1.5GB
       deltafmt pack model/ packed/ --share sequential:2 --share-parts mlp --max-error 0.02 --dry-run
     """
+    if auto_map and (options["single_file"] or options["dry_run"]):
+        raise UsageError("--auto-map needs a directory that is written", hint="Leave out --single-file and --dry-run")
+    write_auto_map = _auto_map_writer() if auto_map else None
     with settings.progress("packing") as progress:
         report = pack(src, dst, share_parts=share_parts, progress=progress, limits=settings.limits, **options)
+    if write_auto_map is not None:
+        write_auto_map(dst)
     settings.show(report)
+
+
+def _auto_map_writer() -> Callable[[str], None]:
+    """Before anything is packed, for it needs an extra, which takes seconds to import."""
+    from .hf import write_auto_map
+
+    return write_auto_map
 
 
 @program.command("unpack", short_help="Unpack an archive into a plain checkpoint.")
@@ -186,6 +206,51 @@ def unpack_command(settings: Settings, /, src: str, dst: str, **options: Any) ->
     """
     with settings.progress("unpacking") as progress:
         report = unpack(src, dst, progress=progress, limits=settings.limits, **options)
+    settings.show(report)
+
+
+@program.command("export-lora", short_help="Write what a fine-tune changes as a LoRA adapter.")
+@click.argument("src", type=model)
+@click.argument("dst", type=model)
+@bases("The base that SRC was packed against.")
+@click.option(
+    "--rank",
+    type=click.IntRange(1, RANKS[-1]),
+    metavar="N",
+    show_default="the highest of the archive's factors",
+    help=f"Rank of the adapter, raised to the next of {', '.join(map(str, RANKS))}.",
+)
+@click.option(
+    "--format",
+    type=click.Choice(["peft", "gguf"]),
+    default="peft",
+    help="gguf is for llama.cpp, of Llama and Mistral models (needs the extra 'gguf').",
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", help="Of the factors."
+)
+@click.option("--strict", is_flag=True, help="Refuse if any changed tensor has to be left out.")
+@OVERWRITE
+@common
+@click.pass_obj
+def export_lora_command(settings: Settings, /, src: str, dst: str, **options: Any) -> None:
+    """Write what the archive SRC changes in its base as a LoRA adapter, the new directory DST.
+
+    Lossy, and what is lost is reported: of each changed tensor, the share of its change that the base with the adapter
+    merged lacks. Low-rank factors of the archive, as it has them of a merged LoRA or after --rank, are taken as they
+    are; any other changed matrix becomes the best factors of the rank. Norms, biases and embeddings that are the output
+    layer as well have no place in an adapter and are left out.
+
+    PEFT, vLLM and SGLang load DST as it is.
+
+    \b
+    Examples:
+      deltafmt export-lora packed/ adapter/ --base org/base-model
+      deltafmt export-lora packed/ adapter/ --base base/ --rank 64 --dtype bfloat16
+      deltafmt export-lora packed/ adapter/ --base base/ --rank 64 --format gguf
+    """
+    with settings.progress("exporting") as progress:
+        report = export_lora(src, dst, progress=progress, limits=settings.limits, **options)
     settings.show(report)
 
 

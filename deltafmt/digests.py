@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -14,7 +13,6 @@ from .dtypes import Shape
 from .strictjson import canonical
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_BLOCK = 1 << 20
 
 
 def is_digest(text: object) -> bool:
@@ -24,15 +22,6 @@ def is_digest(text: object) -> bool:
 def digest(data: Any) -> str:
     """`sha256:hex` of a bytes-like object (any C-contiguous buffer)."""
     return "sha256:" + hashlib.sha256(data).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """`sha256:hex` of a file's content, read in blocks of 1 MiB."""
-    running = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            running.update(block)
-    return "sha256:" + running.hexdigest()
 
 
 def checksum(*parts: Any) -> int:

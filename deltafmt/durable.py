@@ -51,16 +51,16 @@ class NewFile:
             raise _failed(self.path, error) from error
         return done
 
-    def shift_down(self, source: int, target: int, length: int) -> None:
-        """Move `length` bytes from `source` down to `target` (< source) and cut the file behind them."""
+    def shift(self, source: int, target: int, length: int) -> None:
+        """Move `length` bytes from `source` to `target`, further down or up, and cut the file behind them."""
         try:
-            done = 0
-            while done < length:
-                block = os.pread(self._fd, min(_COPY_BLOCK, length - done), source + done)
-                if not block:
-                    raise OSError(f"the file ended {length - done} bytes early")
-                self.write_at(target + done, block)
-                done += len(block)
+            begins = range(0, length, _COPY_BLOCK)
+            for begin in begins if target < source else reversed(begins):
+                left = min(_COPY_BLOCK, length - begin)
+                block = os.pread(self._fd, left, source + begin)
+                if len(block) < left:
+                    raise OSError(f"the file ended {left - len(block)} bytes early")
+                self.write_at(target + begin, block)
             os.ftruncate(self._fd, target + length)
         except OSError as error:
             raise _failed(self.path, error) from error
@@ -92,7 +92,7 @@ class CountedFile(NewFile):
         self._size = max(self._size, offset + length)
         return length
 
-    def shift_down(self, source: int, target: int, length: int) -> None:
+    def shift(self, source: int, target: int, length: int) -> None:
         self._size = target + length
 
     def finish(self) -> int:
@@ -105,6 +105,7 @@ class Staging:
     Args:
         destination: the directory to create. Its parents are created as needed (and removed again on failure).
         overwrite: replace an existing directory, if it holds a checkpoint or an archive.
+        single_file: the destination is not the new directory, but the one file in it, which has that name too.
 
     Raises:
         DestinationError: the destination exists and `overwrite` is false, is a symlink, or is not something we would
@@ -112,12 +113,13 @@ class Staging:
         AccessError: the file system refused.
     """
 
-    def __init__(self, destination: Path, *, overwrite: bool = False) -> None:
+    def __init__(self, destination: Path, *, overwrite: bool = False, single_file: bool = False) -> None:
         self.destination = Path(os.path.abspath(destination))
+        self.single_file = single_file
         self._overwrite = overwrite
         self._files: list[NewFile] = []
         self._made: list[Path] = []
-        check_destination(self.destination, overwrite=overwrite)
+        check_destination(self.destination, overwrite=overwrite, single_file=single_file)
 
     def __enter__(self) -> Staging:
         parent = self.destination.parent
@@ -164,21 +166,30 @@ class Staging:
         try:
             for folder, _, _ in os.walk(self.path):
                 _sync_directory(Path(folder))
-            check_destination(self.destination, overwrite=self._overwrite)
-            replaced = self.path.with_name(f"{self.path.name}-replaced")
-            try:
-                if os.path.lexists(self.destination):
-                    os.rename(self.destination, replaced)
-                os.rename(self.path, self.destination)
-            except BaseException:  # Ctrl-C between the two as well
-                if os.path.lexists(replaced) and not os.path.lexists(self.destination):
-                    os.rename(replaced, self.destination)
-                raise
+            check_destination(self.destination, overwrite=self._overwrite, single_file=self.single_file)
+            if self.single_file:
+                os.replace(self.path / self.destination.name, self.destination)
+            else:
+                self._replace_directory()
             self._made.clear()
             _sync_directory(self.destination.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
+            shutil.rmtree(self._replaced, ignore_errors=True)
         except OSError as error:
             raise _failed(self.destination, error) from error
+
+    def _replace_directory(self) -> None:
+        try:
+            if os.path.lexists(self.destination):
+                os.rename(self.destination, self._replaced)
+            os.rename(self.path, self.destination)
+        except BaseException:  # Ctrl-C between the two as well
+            if os.path.lexists(self._replaced) and not os.path.lexists(self.destination):
+                os.rename(self._replaced, self.destination)
+            raise
+
+    @property
+    def _replaced(self) -> Path:
+        return self.path.with_name(f"{self.path.name}-replaced")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -216,7 +227,7 @@ class DryRun(Staging):
         pass
 
 
-def check_destination(destination: Path, *, overwrite: bool) -> None:
+def check_destination(destination: Path, *, overwrite: bool, single_file: bool = False) -> None:
     """Refuse a destination that may not be written, before any work is done. Raises `DestinationError`."""
     where = str(destination)
     if destination.is_symlink():
@@ -225,7 +236,7 @@ def check_destination(destination: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise DestinationError("the destination exists", where=where, hint="Choose another, or pass --overwrite")
-    if not destination.is_dir() or not _replaceable(destination):
+    if not (_replaceable_file(destination) if single_file else destination.is_dir() and _replaceable(destination)):
         raise DestinationError(
             "--overwrite replaces a checkpoint or an archive only, and this is neither",
             where=where,
@@ -233,11 +244,15 @@ def check_destination(destination: Path, *, overwrite: bool) -> None:
         )
 
 
+def _replaceable_file(file: Path) -> bool:
+    return file.is_file() and file.name.endswith(".safetensors")
+
+
 def _replaceable(folder: Path) -> bool:
     names = [entry.name for entry in folder.iterdir()]
     return not names or any(
         name == "deltafmt.json"
-        or name.endswith((".safetensors", ".safetensors.index.json"))
+        or name.endswith((".safetensors", ".safetensors.index.json", ".gguf"))
         or (name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")))
         for name in names
     )

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from .checkpoint import Checkpoint, TensorInfo, WeightFileLayout
+from .checkpoint import Checkpoint, FilePart, TensorInfo, WeightFileLayout
 from .dtypes import Bits
 from .errors import AccessError, DeltafmtError, IntegrityError, MalformedError
 from .limits import DEFAULT_LIMITS, Limits
 from .names import check_name, check_no_clash, check_sidecar_name, escaped
 from .pickles import PickledFile, safetensors_name
-from .safetensors_file import Entry, SafetensorsFile
+from .safetensors_file import Entry, SafetensorsFile, is_carrier
 from .strictjson import parse
 
 _SAFETENSORS = ".safetensors"
@@ -102,7 +102,7 @@ class PlainCheckpoint(Checkpoint):
         self.location = location
         self.input_bytes = sum(found.size for found in folder.values())
         given = {*choice.names, choice.index.name} if choice.index else set(choice.names)
-        self.sidecars = {name: found.path for name, found in folder.items() if name not in given}
+        self.sidecars = {name: FilePart(found.path) for name, found in folder.items() if name not in given}
         self._files: list[WeightFile] = []
         self._holder: dict[str, WeightFile] = {}
         try:
@@ -185,6 +185,9 @@ def _written_name(name: str) -> str:
 
 
 def _open_weights(path: Path, limits: Limits) -> WeightFile:
+    if is_carrier(path):
+        hint = "Name the file itself, not its directory"
+        raise MalformedError("an archive in a single file, not plain weights", where=str(path), hint=hint)
     try:
         return SafetensorsFile(path, limits) if path.suffix == _SAFETENSORS else PickledFile(path, limits)
     except MalformedError as error:

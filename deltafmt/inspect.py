@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from .limits import DEFAULT_LIMITS, Limits
-from .names import MANIFEST
 from .report import InspectReport
 from .roles import refers_to, role_bytes, tensor_reports
 from .sources import PathLike, open_archive
@@ -22,7 +21,6 @@ def inspect(src: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> InspectReport:
     with open_archive(src, limits=limits) as archive:
         manifest = archive.manifest
         weights, index = [file.name for file in manifest.checkpoint.files], manifest.checkpoint.index
-        manifest_bytes = (archive.path / MANIFEST).stat().st_size
         reports = tensor_reports(manifest, archive.stored_size)
         return InspectReport(
             logical_bytes=checkpoint_bytes(archive),
@@ -34,7 +32,7 @@ def inspect(src: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> InspectReport:
             source=str(src),
             version=manifest.version,
             shards=len(manifest.shards),
-            roles=role_bytes(manifest, archive.stored_size, manifest_bytes, archive.input_bytes),
+            roles=role_bytes(manifest, archive.stored_size, archive.manifest_bytes, archive.input_bytes),
             ranks={name: report.rank for name, report in reports.items() if report.rank is not None},
             sharing={
                 name: ", ".join(found) for name, tensor in manifest.tensors.items() if (found := refers_to(tensor))

@@ -145,6 +145,23 @@ class Manifest:
         """Whether every tensor is rebuilt bit for bit."""
         return all(tensor.exact for tensor in self.tensors.values())
 
+    def archive_bytes(self, manifest_bytes: int, *, single_file: bool = False) -> int:
+        """Bytes of the whole archive, of which the manifest takes `manifest_bytes` in a directory."""
+        shards = sum(shard.size for shard in self.shards)
+        if single_file:
+            return shards
+        return manifest_bytes + shards + sum(sidecar.size for sidecar in self.sidecars.values())
+
+    def check_single_file(self) -> None:
+        """Refuse what does not go into a single file. Raises `MalformedError` (reasons `schema`, `name`)."""
+        if len(self.shards) != 1:
+            raise MalformedError(
+                "an archive in a single file has one shard", where="/shards", found=len(self.shards), reason="schema"
+            )
+        for name in self.arrays:
+            if name.startswith(names.SIDECAR_PREFIX):
+                raise MalformedError("the name is a sidecar's", where=f"/arrays/{names.escaped(name)}", reason="name")
+
     def to_bytes(self) -> bytes:
         """Print in canonical form, checksum first."""
         document = {

@@ -11,6 +11,8 @@ from .limits import COMPONENT_BYTES, NAME_BYTES
 MANIFEST = "deltafmt.json"
 MISLEADING = ("model.safetensors", "model.safetensors.index.json")
 CHUNK_TABLE = "deltafmt.chunks"
+SIDECAR_PREFIX = "deltafmt.sidecar/"
+"""And the name of a sidecar: an array in the single-file form."""
 SHARD_PATTERN = re.compile(r"deltafmt-[^/]*\.safetensors")
 BASE_ID = re.compile(r"[a-z0-9_-]{1,64}")
 

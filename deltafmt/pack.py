@@ -23,6 +23,7 @@ from .methods.lossless import Coding, choose
 from .methods.lowrank import Factored, LowrankMethod, Request
 from .methods.prediction import Elements, Referred
 from .methods.sharing import Parts, shared_layers
+from .names import MISLEADING
 from .operators import Ref
 from .operators.patch import predicts
 from .pipeline import IN_FLIGHT_BYTES, Pipeline
@@ -65,6 +66,7 @@ def pack(
     jobs: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    single_file: bool = False,
     progress: Progress = silent,
     shard_bytes: int = SHARD_BYTES,
     limits: Limits = DEFAULT_LIMITS,
@@ -75,7 +77,8 @@ def pack(
         src, base: a local Hugging Face directory or weight file, a Hub id, or an archive. `base` is another model that
             `src` was made from, or several: each tensor is stored as its difference to whichever suits it best. What
             may be lost is measured against one base only.
-        dst: the directory to create. Nothing is written there unless the whole pack succeeds.
+        dst: the directory to create; with `single_file`, the file (`*.safetensors`). Nothing is written there unless
+            the whole pack succeeds.
         method: `"lossless"`, `"lowrank"`, or `"auto"`: lowrank if one of the options below is given.
         rank, energy, max_error, target_size: how many components to keep: a number; the share (0 to 1) of the delta's
             squared norm to keep; the largest relative error of a tensor; bytes of the whole archive, spent where they
@@ -88,6 +91,7 @@ def pack(
         jobs: threads; one per processor if None.
         overwrite: replace `dst` if it holds a checkpoint or an archive.
         dry_run: do all the work, report the sizes, write nothing.
+        single_file: write the whole archive, sidecars included, into one file.
         progress: called as the work goes on.
         shard_bytes: begin another shard once this many bytes are in one.
         limits: caps on what is accepted from `src` and `base`.
@@ -123,6 +127,8 @@ def pack(
             f"a lossy option goes with one base, and {len(given)} are given",
             hint="Leave out all but one --base, or the lossy option: lossless packing takes several",
         )
+    if single_file:
+        _check_file_name(Path(dst).name)
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         source, origins = local_path(src), {base_id(place): local_path(each) for place, each in enumerate(given)}
@@ -130,7 +136,8 @@ def pack(
         references = {name: stack.enter_context(open_source(origin, limits=limits)) for name, origin in origins.items()}
         check_source(checkpoint)
         check_apart(Path(dst), source, *origins.values())
-        area = stack.enter_context((DryRun if dry_run else Staging)(Path(dst), overwrite=overwrite))
+        staging = DryRun if dry_run else Staging
+        area = stack.enter_context(staging(Path(dst), overwrite=overwrite, single_file=single_file))
         pipeline = stack.enter_context(Pipeline(jobs))
         if request is None:  # a lossy request decomposes one tensor at a time, with all threads
             stack.enter_context(one_thread_each())
@@ -164,6 +171,14 @@ def pack(
         non_finite=packer.non_finite,
         roles=role_bytes(manifest, packer.array_bytes, len(manifest.to_bytes()), stored),
     )
+
+
+def _check_file_name(name: str) -> None:
+    if not name.endswith(".safetensors"):
+        raise UsageError("a single file must be named *.safetensors", found=name, hint="Add the suffix to the name")
+    if name in MISLEADING:
+        what = "a single file of this name would make other tools load an archive wrongly"
+        raise UsageError(what, found=name, hint="Choose another name")
 
 
 @dataclass(frozen=True)
@@ -230,7 +245,14 @@ class _Packer:
     def plan(self, request: Request) -> None:
         """Decide which tensors may lose something and how much. Raises `RefusedError` if the request makes no sense."""
         reference = next(iter(self._references.values()), None)
-        self._lowrank = LowrankMethod(request, self._checkpoint, reference, self._pipeline, self._progress)
+        self._lowrank = LowrankMethod(
+            request,
+            self._checkpoint,
+            reference,
+            self._pipeline,
+            self._progress,
+            single_file=self._area.single_file,
+        )
         self._lowrank.plan()
 
     def share(self, anchors: Mapping[str, str]) -> None:
@@ -297,8 +319,8 @@ class _Packer:
             self._writer.tensors[name] = self._store(name, info, prepared)
             self._done += info.nbytes
             self._release(prepared)
-        for sidecar, path in self._checkpoint.sidecars.items():
-            self._writer.add_sidecar(sidecar, path)
+        for sidecar, part in self._checkpoint.sidecars.items():
+            self._writer.add_sidecar(sidecar, part)
         layout = self._writer.add_layout(self._checkpoint)
         self._progress(self._total, self._total, "done")
         nodes = (node for tensor in self._writer.tensors.values() for node in tensor.recipe.walk())
@@ -357,8 +379,4 @@ class _Packer:
 
     def stored_bytes(self, manifest: Manifest) -> int:
         """Bytes of the whole archive."""
-        return (
-            len(manifest.to_bytes())
-            + sum(shard.size for shard in manifest.shards)
-            + sum(sidecar.size for sidecar in manifest.sidecars.values())
-        )
+        return manifest.archive_bytes(len(manifest.to_bytes()), single_file=self._area.single_file)

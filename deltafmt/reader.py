@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import Checkpoint, TensorInfo, WeightFileLayout
+from .checkpoint import Checkpoint, FilePart, TensorInfo, WeightFileLayout
 from .digests import digest
 from .dtypes import Bits
 from .errors import AccessError, DeltafmtError, IntegrityError, MalformedError, UsageError, WrongBaseError
@@ -20,14 +20,15 @@ from .manifest import Array, Base, Manifest, parse_manifest
 from .names import MANIFEST, escaped
 from .operators.base import Read
 from .rebuild import Rebuilder
+from .safetensors_file import carried_manifest, is_carrier
 from .scope import ManifestScope
 from .shards import ShardReader
 from .strictjson import parse
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a directory holds a deltafmt manifest."""
-    return (path / MANIFEST).is_file()
+    """Whether a directory holds a deltafmt manifest, or a file carries one. Raises `AccessError`."""
+    return (path / MANIFEST).is_file() or is_carrier(path)
 
 
 def read_manifest(path: Path, limits: Limits = DEFAULT_LIMITS) -> Manifest:
@@ -37,20 +38,33 @@ def read_manifest(path: Path, limits: Limits = DEFAULT_LIMITS) -> Manifest:
         MalformedError: not an archive, or a manifest that breaks the specification.
         UnsupportedError, IntegrityError: as spec/reasons.md says.
     """
+    return _parsed(path, _manifest_text(path, limits), limits)
+
+
+def _manifest_text(path: Path, limits: Limits) -> bytes:
     if not is_archive(path):
         raise MalformedError(
             f"no {MANIFEST} in '{path}'",
             hint="Not a deltafmt archive (or an interrupted pack: run it again)",
             reason="not-an-archive",
         )
+    if path.is_file():
+        return carried_manifest(path, limits)
     file = path / MANIFEST
     limits.check("manifest_bytes", file.stat().st_size, str(file))
     try:
-        data = file.read_bytes()
+        return file.read_bytes()
     except OSError as error:
         raise AccessError(f"cannot read: {error.strerror}", where=str(file)) from error
+
+
+def _parsed(path: Path, text: bytes, limits: Limits) -> Manifest:
+    single_file = path.is_file()
+    file = path if single_file else path / MANIFEST
     try:
-        manifest = parse_manifest(data, str(file), limits)
+        manifest = parse_manifest(text, str(file), limits)
+        if single_file:
+            manifest.check_single_file()
         ManifestScope(manifest).check(limits)
     except DeltafmtError as error:
         if not error.where.startswith(str(file)):  # a JSON pointer: say in which file
@@ -63,7 +77,7 @@ class Archive(Checkpoint):
     """An open archive: a `Checkpoint` whose tensors are rebuilt as they are read. Thread-safe.
 
     Args:
-        path: the archive's directory.
+        path: the archive's directory, or its file.
         bases: base id -> an open checkpoint. Needed for tensors that refer to a base, and only then. They are closed
             with the archive.
 
@@ -78,7 +92,10 @@ class Archive(Checkpoint):
         self.path = path
         self.location = str(path)
         self.limits = limits
-        self.manifest = read_manifest(path, limits)
+        self.single_file = path.is_file()
+        text = _manifest_text(path, limits)
+        self.manifest_bytes = len(text)
+        self.manifest = _parsed(path, text, limits)
         self.scope = ManifestScope(self.manifest)
         self.tensors = {name: TensorInfo(tensor.dtype, tensor.shape) for name, tensor in self.manifest.tensors.items()}
         self._shards: list[ShardReader] = []
@@ -103,9 +120,14 @@ class Archive(Checkpoint):
         for name, array in self.manifest.arrays.items():
             held[array.shard][name] = array
         for shard, arrays in zip(self.manifest.shards, held, strict=True):
-            self._shards.append(ShardReader(self.path, shard, arrays, self.limits))
+            path, sidecars = self.path / shard.name, None
+            if self.single_file:
+                path, sidecars = self.path, self.manifest.sidecars
+            self._shards.append(ShardReader(path, shard, arrays, self.limits, sidecars))
 
     def _check_sidecars(self) -> None:
+        if self.single_file:  # its shard has checked them
+            return
         for name, sidecar in self.manifest.sidecars.items():
             path = self.path / name
             found = path.stat().st_size if path.is_file() else None
@@ -134,17 +156,16 @@ class Archive(Checkpoint):
         return index and (index[0], self.stored_content(index[1]))
 
     @property
-    def sidecars(self) -> dict[str, Path]:  # type: ignore[override]
-        return {name: self.path / name for name in self.manifest.sidecars}
+    def sidecars(self) -> dict[str, FilePart]:  # type: ignore[override]
+        names = self.manifest.sidecars
+        if self.single_file:
+            return {name: self._shards[0].sidecar(name) for name in names}
+        return {name: FilePart(self.path / name) for name in names}
 
     @property
     def input_bytes(self) -> int:  # type: ignore[override]
         """Bytes of the archive: manifest, shards and sidecars."""
-        return (
-            (self.path / MANIFEST).stat().st_size
-            + sum(shard.size for shard in self.manifest.shards)
-            + sum(sidecar.size for sidecar in self.manifest.sidecars.values())
-        )
+        return self.manifest.archive_bytes(self.manifest_bytes, single_file=self.single_file)
 
     def read(self, name: str, lo: int, hi: int, out: Bits) -> None:
         self.rebuilder(name).read(lo, hi, out)
@@ -241,6 +262,10 @@ class Archive(Checkpoint):
     def stored_size(self, name: str) -> int:
         """Bytes that a stored array takes in its shard."""
         return self._shards[self.manifest.arrays[name].shard].size(name)
+
+    def prefix_bytes(self, name: str, count: int) -> int:
+        """Bytes of a stored array in its shard that its first `count` elements are read from."""
+        return self._shards[self.manifest.arrays[name].shard].array(name).stored_bytes(count)
 
     def close(self) -> None:
         self._closed = True

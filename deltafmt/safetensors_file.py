@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +14,14 @@ from .digests import digest
 from .dtypes import Bits, Dtype, Shape, dtype
 from .errors import AccessError, IntegrityError, MalformedError, UsageError
 from .limits import DEFAULT_LIMITS, MAX_INTEGER, Limits
-from .names import escaped
-from .strictjson import Record, parse
+from .names import MANIFEST, escaped
+from .strictjson import Record, canonical, parse
 
 _LENGTH = 8  # bytes of the header's length at the beginning of a file
 _MAX_READ = 1 << 30
+
+CARRIER = f'{{"__metadata__":{{"{MANIFEST}":"'.encode()
+"""How the header of a single-file archive begins; the manifest follows (spec/layout.md, "Single-file form")."""
 
 
 class Entry(NamedTuple):
@@ -89,16 +93,69 @@ def _parse_entry(item: object, where: str, limits: Limits) -> Entry:
     return Entry(kind, tuple(shape), offsets[0], offsets[1])
 
 
+def is_carrier(path: Path) -> bool:
+    """Whether a file is a single-file archive. Raises `AccessError`."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(_LENGTH + len(CARRIER))[_LENGTH:] == CARRIER
+    except OSError as error:
+        raise AccessError(f"cannot read: {error.strerror}", where=str(path)) from error
+
+
+def carried_manifest(path: Path, limits: Limits = DEFAULT_LIMITS) -> bytes:
+    """The manifest of a single-file archive, as `deltafmt.json` would hold it.
+
+    Raises:
+        AccessError: the file cannot be read.
+        MalformedError: the header is not all there, or holds no manifest (reason `json`), or is too long (`limit`).
+    """
+    try:
+        with path.open("rb") as file:
+            length, left = int.from_bytes(file.read(_LENGTH), "little"), path.stat().st_size - _LENGTH
+            if length > left:
+                raise _no_manifest("the header is longer than the file", str(path), f"at most {left}", length)
+            limits.check("header_bytes", length, str(path))
+            header = file.read(length)
+    except OSError as error:
+        raise AccessError(f"cannot read: {error.strerror}", where=str(path)) from error
+    return split_carrier(header, str(path))[0]
+
+
+def split_carrier(header: bytes, where: str) -> tuple[bytes, bytes]:
+    """The manifest that a header carries, and the header without it. Raises `MalformedError` (reason `json`)."""
+    begin = len(CARRIER) - 1
+    try:
+        # What is behind the manifest may be anything here; in it, an escaped byte does not get through `canonical`.
+        text, _ = json.JSONDecoder().raw_decode(header.decode(errors="surrogateescape"), begin)
+        printed = canonical(text)
+    except ValueError as error:  # of JSON, UTF-8 or lone surrogates
+        raise _no_manifest("the header holds no manifest", where) from error
+    if not header.startswith(printed, begin):
+        raise _no_manifest("the manifest in the header is escaped in another way than it must be", where)
+    end = begin + len(printed) - 1
+    return text.encode(), header[: begin + 1] + header[end:]
+
+
+def _no_manifest(what: str, where: str, expected: object = None, found: object = None) -> MalformedError:
+    return MalformedError(
+        what, where=where, expected=expected, found=found, hint="Download the file again", reason="json"
+    )
+
+
 class SafetensorsFile:
     """An open safetensors file. Reads are positional and thread-safe; the header is checked when it is opened.
 
     Attributes:
         path, size: the file and its size in bytes.
-        header: the header's bytes (without the length before them).
+        header: the header's bytes (without the length before them, and without the manifest if it carries one).
+        data_start: file offset of the data section.
         entries: name -> `Entry`, in the order of the data.
 
     Args:
         header_digest: what the SHA-256 of the first `8 + N` bytes must be, if it is known.
+        carrier: whether it is a single-file archive: what is said of the header then holds without the manifest in it.
 
     Raises:
         AccessError: the file cannot be opened or read.
@@ -106,7 +163,9 @@ class SafetensorsFile:
         MalformedError: it is not a valid safetensors file (reasons `shard-header`, `shard-layout`).
     """
 
-    def __init__(self, path: Path, limits: Limits = DEFAULT_LIMITS, *, header_digest: str | None = None) -> None:
+    def __init__(
+        self, path: Path, limits: Limits = DEFAULT_LIMITS, *, header_digest: str | None = None, carrier: bool = False
+    ) -> None:
         self.path = path
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
@@ -116,20 +175,21 @@ class SafetensorsFile:
             ) from error
         try:
             self.size = os.fstat(self._fd).st_size
-            self.header = self._read_header(limits, header_digest)
+            self.header = self._read_header(limits, header_digest, carrier)
             self.entries = parse_header(self.header, str(path), limits)
             self._check_end()
         except BaseException:
             self.close()
             raise
 
-    def _read_header(self, limits: Limits, header_digest: str | None) -> bytes:
+    def _read_header(self, limits: Limits, header_digest: str | None, carrier: bool) -> bytes:
         where = str(self.path)
         if self.size < _LENGTH:
             raise MalformedError(
                 "too short for a safetensors file", where=where, found=self.size, reason="shard-header"
             )
-        length = int.from_bytes(self.read(0, _LENGTH), "little")
+        start = self.read(0, _LENGTH).tobytes()
+        length = int.from_bytes(start, "little")
         if length > self.size - _LENGTH:
             raise MalformedError(
                 "the header is longer than the file (truncated?)",
@@ -139,10 +199,13 @@ class SafetensorsFile:
                 reason="shard-header",
             )
         limits.check("header_bytes", length, where)
-        head = self.read(0, _LENGTH + length).tobytes()
+        head = start + self.read(_LENGTH, length).tobytes()
+        self.data_start = len(head)
+        if carrier:
+            head = head[:_LENGTH] + split_carrier(head[_LENGTH:], where)[1]
         if header_digest is not None and digest(head) != header_digest:
             raise IntegrityError(
-                f"bytes 0 to {len(head)}, the header, do not match their digest",
+                f"bytes 0 to {self.data_start}, the header, do not match their digest",
                 where=where,
                 expected=header_digest,
                 found=digest(head),
@@ -158,11 +221,6 @@ class SafetensorsFile:
             raise MalformedError(
                 what, where=str(self.path), expected=f"{end} bytes", found=f"{self.size} bytes", reason="shard-layout"
             )
-
-    @property
-    def data_start(self) -> int:
-        """File offset of the data section."""
-        return _LENGTH + len(self.header)
 
     def read(self, offset: int, count: int) -> npt.NDArray[np.uint8]:
         """`count` bytes at a file offset, in a new array."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -11,15 +12,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .checkpoint import FilePart
 from .digests import checksum, digest
 from .dtypes import DTYPES, Bits, Dtype, Shape
 from .durable import NewFile
 from .encodings import Encoding, decode_chunk
-from .errors import IntegrityError, MalformedError, UnsupportedError
-from .limits import Limits
-from .manifest import Array, Shard
-from .names import CHUNK_TABLE, escaped
-from .safetensors_file import Entry, SafetensorsFile
+from .errors import IntegrityError, MalformedError, UnsupportedError, UsageError
+from .limits import DEFAULT_LIMITS, MAX_INTEGER, Limits
+from .manifest import Array, Manifest, Shard, Sidecar
+from .names import CHUNK_TABLE, SIDECAR_PREFIX, escaped
+from .safetensors_file import CARRIER, Entry, SafetensorsFile
 from .scratch import scratch
 from .strictjson import canonical
 
@@ -31,16 +33,26 @@ class ShardReader:
     """An open shard whose size, header and entries agree with the manifest.
 
     Args:
+        path: the file.
         arrays: the stored arrays that the manifest places in this shard.
+        sidecars: those that are in it too, if it is a single-file archive.
 
     Raises:
         IntegrityError: the file is missing, has another size, or its header does not match its digest.
         MalformedError: entries other than the manifest's; holes, overlaps, trailing bytes.
     """
 
-    def __init__(self, folder: Path, shard: Shard, arrays: Mapping[str, Array], limits: Limits) -> None:
-        self.path = folder / shard.name
+    def __init__(
+        self,
+        path: Path,
+        shard: Shard,
+        arrays: Mapping[str, Array],
+        limits: Limits,
+        sidecars: Mapping[str, Sidecar] | None = None,
+    ) -> None:
+        self.path = path
         self._arrays = arrays
+        self._sidecars = sidecars or {}
         needed = f"{len(arrays)} stored arrays need it. {_AGAIN}"
         found = self.path.stat().st_size if self.path.is_file() else None
         if found is None:
@@ -61,7 +73,7 @@ class ShardReader:
                 reason="shard-size",
             )
         try:
-            self._file = SafetensorsFile(self.path, limits, header_digest=shard.header)
+            self._file = SafetensorsFile(self.path, limits, header_digest=shard.header, carrier=sidecars is not None)
         except (MalformedError, UnsupportedError) as error:
             if error.reason not in ("shard-header", "dtype"):  # the manifest names known dtypes only
                 raise
@@ -86,6 +98,16 @@ class ShardReader:
         table = entries.pop(CHUNK_TABLE, None)
         if table is None or table.dtype.name != "U64" or len(table.shape) != 1 or table.shape[0] < 1:
             raise self._layout(f"no chunk table '{CHUNK_TABLE}' of dtype U64")
+        for name, sidecar in self._sidecars.items():
+            held = entries.pop(SIDECAR_PREFIX + name, None)
+            if held is None or (held.dtype.name, held.shape) != ("U8", (sidecar.size,)):
+                raise IntegrityError(
+                    f"the sidecar '{escaped(name)}' is missing or another",
+                    where=str(self.path),
+                    expected=f"{sidecar.size} bytes",
+                    hint=_AGAIN,
+                    reason="sidecar",
+                )
         for name in sorted(entries.keys() ^ self._arrays.keys()):
             raise self._layout(f"'{escaped(name)}' is in {'the shard' if name in entries else 'the manifest'} only")
         for name, entry in entries.items():
@@ -146,6 +168,11 @@ class ShardReader:
         entry = self._file.entries[name]
         return entry.end - entry.begin
 
+    def sidecar(self, name: str) -> FilePart:
+        """Where in the file a sidecar is."""
+        entry = self._file.entries[SIDECAR_PREFIX + name]
+        return FilePart(self.path, self._file.data_start + entry.begin, entry.end - entry.begin)
+
     def close(self) -> None:
         self._file.close()
 
@@ -172,6 +199,11 @@ class ArrayReader:
                 self._decode(index, whole)
                 first, last = max(lo, begin), min(hi, end)
                 np.copyto(out[first - lo : last - lo], whole[first - begin : last - begin])
+
+    def stored_bytes(self, count: int) -> int:
+        """Bytes in the file of the chunks that hold the first `count` elements."""
+        chunks = -(-count // self._array.encoding.chunk)
+        return int(self._rows[chunks - 1, -1]) if chunks else 0
 
     def _decode(self, index: int, out: Bits) -> None:
         row = self._rows[index].tolist()
@@ -252,21 +284,75 @@ class ShardWriter:
 
     def finish(self, name: str) -> Shard:
         """Write table and header, flush to the device; return the manifest entry under the shard's final name."""
-        table = np.array([*self._words, 0], np.uint64)
-        table[-1] = checksum(table[:-1])
-        begin = self.stored_bytes
-        self._file.append(table)
-        self._entries[CHUNK_TABLE] = {"dtype": "U64", "shape": [table.size], "data_offsets": [begin, self.stored_bytes]}
+        self._add_table()
         header = canonical(self._entries)
         length = self._room
         if self._room - len(header) > max(self.stored_bytes // _SLACK, 7):
             length = -(-len(header) // 8) * 8
-            self._file.shift_down(self._data, 8 + length, self.stored_bytes)
+            self._file.shift(self._data, 8 + length, self.stored_bytes)
         head = length.to_bytes(8, "little") + header.ljust(length)
         if len(head) != 8 + length:
             raise RuntimeError("the header needs more room than header_room promised")
         self._file.write_at(0, head)
         return Shard(name, self._file.finish(), digest(head))
+
+    def finish_single_file(
+        self,
+        name: str,
+        sidecars: Mapping[str, FilePart],
+        manifest: Callable[[Shard, Mapping[str, Sidecar]], Manifest],
+    ) -> Manifest:
+        """Write table, sidecars and a header that carries the manifest, flush to the device; return the manifest.
+
+        Args:
+            name: of the shard in the manifest.
+            manifest: makes it, of the entries of the shard and the sidecars.
+
+        Raises:
+            AccessError: a sidecar cannot be read.
+            UsageError: the header would be larger than `Limits.header_bytes`.
+        """
+        self._add_table()
+        kept = {sidecar: self._add_sidecar(sidecar, part) for sidecar, part in sidecars.items()}
+
+        def text(size: int, header_digest: str) -> bytes:
+            made = manifest(Shard(name, size, header_digest), kept)
+            return canonical(made.to_bytes().decode())[1:-1]
+
+        # The manifest states the size of the file, so that of itself: room for the longest, the rest is padding.
+        rest = b'"},' + canonical(self._entries)[1:]
+        length = -(-(len(CARRIER) + len(text(MAX_INTEGER, digest(b""))) + len(rest)) // 8) * 8
+        if length > DEFAULT_LIMITS.header_bytes:
+            raise UsageError(
+                "the manifest is too large for a single file",
+                expected=f"a header of at most {DEFAULT_LIMITS.header_bytes} bytes",
+                found=length,
+                hint="Pack into a directory: leave --single-file (single_file= in Python) out",
+            )
+        size = 8 + length + self.stored_bytes
+        head = length.to_bytes(8, "little") + CARRIER
+        rest = rest.ljust(length - len(CARRIER) - len(text(size, digest(b""))))
+        header_digest = digest(head + rest)
+        self._file.shift(self._data, 8 + length, self.stored_bytes)
+        self._file.write_at(0, head + text(size, header_digest) + rest)
+        self._file.finish()
+        return manifest(Shard(name, size, header_digest), kept)
+
+    def _add_sidecar(self, name: str, part: FilePart) -> Sidecar:
+        begin, running = self.stored_bytes, hashlib.sha256()
+        for block in part.blocks():
+            running.update(block)
+            self._file.append(block)
+        size = self.stored_bytes - begin
+        self._entries[SIDECAR_PREFIX + name] = {"dtype": "U8", "shape": [size], "data_offsets": [begin, begin + size]}
+        return Sidecar(size, "sha256:" + running.hexdigest())
+
+    def _add_table(self) -> None:
+        table = np.array([*self._words, 0], np.uint64)
+        table[-1] = checksum(table[:-1])
+        begin = self.stored_bytes
+        self._file.append(table)
+        self._entries[CHUNK_TABLE] = {"dtype": "U64", "shape": [table.size], "data_offsets": [begin, self.stored_bytes]}
 
 
 def header_room(arrays: Iterable[tuple[str, int]]) -> int:

@@ -48,7 +48,7 @@ def open_archive(path: PathLike, base: Bases | None = None, *, limits: Limits = 
     """Open an archive and its bases.
 
     Args:
-        path: the archive's directory, or a Hub id.
+        path: the archive's directory or single file, or a Hub id.
         base: the base or bases it was packed against. Which is which is told by their content, unless ids say so.
 
     Raises:

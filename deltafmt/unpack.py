@@ -78,8 +78,8 @@ def unpack(
             unpacker.write(output, area.create(output.name))
         if layout.index is not None:
             area.write(layout.index[0], [layout.index[1]])
-        for name, path in archive.sidecars.items():
-            _, found = copied(area, name, path)
+        for name, part in archive.sidecars.items():
+            _, found = copied(area, name, part)
             archive.check_sidecar(name, found)
         check_rest_of_bases(archive, pipeline)
         area.commit()

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 
 from .checkpoint import Checkpoint
-from .digests import file_digest
 from .dtypes import SILENT, Bits, Dtype, widen
 from .gemm import one_thread_each
 from .layout import original_layout
@@ -68,8 +67,8 @@ def verify(
         checker.check_arrays()
         original_layout(archive)
         errors = checker.check_tensors()
-        for name, path in archive.sidecars.items():
-            archive.check_sidecar(name, file_digest(path))
+        for name, part in archive.sidecars.items():
+            archive.check_sidecar(name, part.digest())
         check_rest_of_bases(archive, pipeline)
         differences = _differences(archive, other, errors, checker.unequal) if other is not None else {}
         reports = {
@@ -237,10 +236,10 @@ def _differences(archive: Archive, other: Checkpoint, errors: dict[str, float], 
             stated = archive.manifest.tensors[name].rel_error
             found[name] = f"relative error {errors[name]:.3g}, {'none' if stated is None else f'{stated:.3g}'} stated"
     for name in sorted(archive.sidecars.keys() | other.sidecars.keys()):
-        sidecar, path = archive.manifest.sidecars.get(name), other.sidecars.get(name)
-        if sidecar is None or path is None:
+        sidecar, part = archive.manifest.sidecars.get(name), other.sidecars.get(name)
+        if sidecar is None or part is None:
             found[name] = f"only in the {'checkpoint' if sidecar is None else 'archive'}"
-        elif file_digest(path) != sidecar.digest:
+        elif part.digest() != sidecar.digest:
             found[name] = "another file"
     layouts = [dict(_layout(checkpoint)) for checkpoint in (archive, other)]
     for name in sorted(layouts[0].keys() | layouts[1].keys()):

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, FilePart
 from .digests import digest
 from .dtypes import DTYPES, Bits, Dtype, Shape
 from .durable import Staging
 from .encodings import Encoding, compressed, encode_chunk
-from .errors import AccessError
 from .limits import NAME_BYTES
 from .manifest import Array, Base, Manifest, Shard, Sidecar, Tensor, WeightFile
 from .manifest import Checkpoint as CheckpointEntry
-from .names import CHUNK_TABLE, MANIFEST, check_kept_name, shard_name
+from .names import CHUNK_TABLE, MANIFEST, SIDECAR_PREFIX, check_kept_name, shard_name
 from .scope import ManifestScope
 from .shards import ShardWriter, header_room, raw_bytes
 
 SHARD_BYTES = 5_000_000_000
-_COPY_BLOCK = 4 << 20
 _ARRAYS_PER_TENSOR = 4  # two factors, a scale and a residual
 
 
@@ -29,7 +26,7 @@ class ArchiveWriter:
     """Collects the parts of an archive in a staging area; `finish` writes the manifest. Not thread-safe.
 
     Args:
-        staging: where files are created; the caller commits it.
+        staging: where files are created; the caller commits it. It says whether all goes into a single file.
         arrays: name and number of dimensions of every tensor and file that may come; leaves room for the headers.
         shard_bytes: begin another shard once this many bytes are in one.
         bases: of which a tensor may be a mixture: each has a scale.
@@ -49,10 +46,11 @@ class ArchiveWriter:
         self.array_bytes: dict[str, int] = {}
         self.tensors: dict[str, Tensor] = {}
         self._sidecars: dict[str, Sidecar] = {}
+        self._carried: dict[str, FilePart] = {}
 
     def array_name(self, wanted: str) -> str:
         """`wanted`, or the next free name like it."""
-        if wanted == CHUNK_TABLE or len(wanted.encode()) > NAME_BYTES - 8:
+        if wanted == CHUNK_TABLE or wanted.startswith(SIDECAR_PREFIX) or len(wanted.encode()) > NAME_BYTES - 8:
             wanted = f"array {len(self.arrays)}"
         name, tries = wanted, 1
         while name in self.arrays:
@@ -70,11 +68,10 @@ class ArchiveWriter:
         array_digest: Callable[[], str],
     ) -> str:
         """Write one stored array; return its name. The other arguments are those of `ShardWriter.add`."""
-        if self._open and self._open[-1].stored_bytes >= self._shard_bytes:
+        if self._open and self._open[-1].stored_bytes >= self._shard_bytes and not self._staging.single_file:
             self._finish_shard()
         if not self._open:
-            index = len(self._shards)
-            self._open.append(ShardWriter(self._staging.create(_unfinished(index)), index, self._room))
+            self._begin_shard()
         name = self.array_name(wanted)
         before = self._open[-1].stored_bytes
         self.arrays[name] = self._open[-1].add(name, dtype, shape, encoding, chunks, array_digest)
@@ -86,13 +83,16 @@ class ArchiveWriter:
         encoding = compressed(dtype, shape)
         return self.add_array(wanted, dtype, shape, encoding, _encoded(bits, encoding, thorough), lambda: digest(bits))
 
-    def add_sidecar(self, name: str, source: Path) -> None:
+    def add_sidecar(self, name: str, source: FilePart) -> None:
         """Copy a file of the checkpoint byte for byte.
 
         Raises `AccessError`, `MalformedError` (a name that is not allowed).
         """
-        check_kept_name(name, str(source))
-        self._sidecars[name] = Sidecar(*copied(self._staging, name, source))
+        check_kept_name(name, str(source.path))
+        if self._staging.single_file:
+            self._carried[name] = source  # written behind all arrays
+        else:
+            self._sidecars[name] = Sidecar(*copied(self._staging, name, source))
 
     def add_layout(self, checkpoint: Checkpoint) -> CheckpointEntry:
         """Store the headers of the original weight files, and their index."""
@@ -108,7 +108,12 @@ class ArchiveWriter:
     def finish(
         self, checkpoint: CheckpointEntry, bases: Mapping[str, Base], annotations: Mapping[str, Any]
     ) -> Manifest:
-        """Finish the last shard and write the manifest; return it."""
+        """Finish the last shard and write the manifest; return it.
+
+        Raises `UsageError` if the manifest is too large for a single file.
+        """
+        if self._staging.single_file:
+            return self._finish_single_file(checkpoint, bases, annotations)
         if self._open:
             self._finish_shard()
         count = len(self._shards)
@@ -119,6 +124,27 @@ class ArchiveWriter:
         ManifestScope(manifest).check()  # what a reader would refuse is not written
         self._staging.write(MANIFEST, [manifest.to_bytes()])
         return manifest
+
+    def _finish_single_file(
+        self, checkpoint: CheckpointEntry, bases: Mapping[str, Base], annotations: Mapping[str, Any]
+    ) -> Manifest:
+        if not self._open:
+            self._begin_shard()
+        manifest = self._open.pop().finish_single_file(
+            shard_name(0, 1),
+            self._carried,
+            lambda shard, sidecars: Manifest(
+                (shard,), self.arrays, self.tensors, checkpoint, sidecars, bases, annotations
+            ),
+        )
+        ManifestScope(manifest).check()
+        self._staging.rename(_unfinished(0), self._staging.destination.name)
+        return manifest
+
+    def _begin_shard(self) -> None:
+        index = len(self._shards)
+        room = 0 if self._staging.single_file else self._room
+        self._open.append(ShardWriter(self._staging.create(_unfinished(index)), index, room))
 
     def _finish_shard(self) -> None:
         self._shards.append(self._open.pop().finish(_unfinished(len(self._shards))))
@@ -133,18 +159,14 @@ def _encoded(bits: Bits, encoding: Encoding, thorough: bool) -> Iterator[list[An
         yield encode_chunk(bits[begin : begin + encoding.chunk], encoding, thorough)
 
 
-def copied(staging: Staging, name: str, source: Path) -> tuple[int, str]:
+def copied(staging: Staging, name: str, source: FilePart) -> tuple[int, str]:
     """Copy a file into the staging area; return its size and digest."""
     running = hashlib.sha256()
-    size = staging.write(name, _blocks(source, running))
+
+    def blocks() -> Iterator[bytes]:
+        for block in source.blocks():
+            running.update(block)
+            yield block
+
+    size = staging.write(name, blocks())
     return size, "sha256:" + running.hexdigest()
-
-
-def _blocks(source: Path, running: Any) -> Iterator[bytes]:
-    try:
-        with open(source, "rb") as file:
-            while block := file.read(_COPY_BLOCK):
-                running.update(block)
-                yield block
-    except OSError as error:
-        raise AccessError(f"cannot read: {error.strerror}", where=str(source)) from error

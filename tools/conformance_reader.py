@@ -29,12 +29,13 @@ from conformance.manifest import Rejected, digest_of
 
 def check_vector(case: Path) -> str | None:
     """Run one conformance case; what went wrong, or None."""
+    archive = next(case.glob("archive*"))
     expected = json.loads((case / "case.json").read_text("utf-8"))
     bases = {"base": case / "base"} if (case / "base").is_dir() else {}
     bases |= {place.name.removeprefix("base-"): place for place in case.glob("base-*")}
     try:
-        tensors = read_archive(case / "archive", bases)
-        files = restore_files(case / "archive", bases)
+        tensors = read_archive(archive, bases)
+        files = restore_files(archive, bases)
     except Rejected as rejected:
         return (
             None

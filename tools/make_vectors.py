@@ -24,6 +24,7 @@ from vectors import (  # noqa: F401
     invalid_names,
     invalid_recipes,
     invalid_segments,
+    invalid_single_file,
     spoil,
     valid,
     valid_exact,
@@ -31,6 +32,7 @@ from vectors import (  # noqa: F401
     valid_layout,
     valid_recipes,
     valid_segments,
+    valid_single_file,
 )
 from vectors.draft import Draft, safetensors
 from vectors.values import Json, sha256
@@ -47,7 +49,7 @@ def expectation(draft: Draft) -> Json:
 
 
 def write(case: Path, draft: Draft, content: Json) -> None:
-    files = {"archive": draft.seal(), "base": draft.base}
+    files = {"" if draft.single_file else "archive": draft.seal(), "base": draft.base}
     files |= {f"base-{key}": {"model.safetensors": safetensors(base)} for key, base in draft.other_bases.items()}
     for directory, members in files.items():
         for name, data in members.items():

@@ -47,6 +47,7 @@ _FIRST_COUNT = 32  # singular values that a budget looks at first; where it woul
 # What an archive spends on bookkeeping, at most, in bytes beside names:
 _EMPTY_BYTES = 2000  # on nothing
 _TENSOR_BYTES = 220  # on a tensor, in the manifest; also on a file
+_QUOTED = 4  # one character in so many of a manifest, or fewer, is one that a single file has to escape
 _ARRAY_BYTES = 370  # on a stored array, in manifest and shard header
 _BASE_TENSOR_BYTES = 140  # on a tensor of the base
 _ROLE = "#residual"  # what array names may add to tensor names
@@ -149,7 +150,10 @@ class LowrankMethod:
         reference: Checkpoint | None,
         pipeline: Pipeline,
         progress: Progress,
+        *,
+        single_file: bool = False,
     ) -> None:
+        self._single_file = single_file
         self.non_finite: dict[str, int] = {}
         self._request, self._checkpoint, self._reference = request, checkpoint, reference
         self._pipeline, self._progress = pipeline, progress
@@ -357,21 +361,25 @@ class LowrankMethod:
         """
         checkpoint = self._checkpoint
         room = header_room((name + _ROLE, len(info.shape)) for name, info in checkpoint.tensors.items())
-        size = _EMPTY_BYTES + min(lossless // 1000, 3 * room)
+        size, described = min(lossless // 1000, 3 * room), _EMPTY_BYTES
         layout = [(file.name, file.header) for file in checkpoint.files]
         if checkpoint.index is not None:
             layout.append(checkpoint.index)
         for name, content in layout:
             coding = Coding(DTYPES["U8"], compressed(DTYPES["U8"], (len(content),)), raw_bytes(content))
-            size += encoded_bytes(coding) + _array_bytes(name) + _TENSOR_BYTES
-        for name, path in checkpoint.sidecars.items():
-            size += path.stat().st_size + len(json.dumps(name)) + _TENSOR_BYTES
+            size += encoded_bytes(coding)
+            described += _array_bytes(name) + _TENSOR_BYTES
+        for name, part in checkpoint.sidecars.items():
+            size += part.nbytes()
+            described += len(json.dumps(name)) + _TENSOR_BYTES
         for name in checkpoint.tensors:
             arrays = 2 if name in self._references else 1
-            size += arrays * _array_bytes(name + _ROLE) + 2 * len(json.dumps(name)) + _TENSOR_BYTES
+            described += arrays * _array_bytes(name + _ROLE) + 2 * len(json.dumps(name)) + _TENSOR_BYTES
         for name in self._reference.tensors if self._reference is not None else ():
-            size += len(json.dumps(name)) + _BASE_TENSOR_BYTES
-        return size
+            described += len(json.dumps(name)) + _BASE_TENSOR_BYTES
+        if self._single_file:
+            described += described // _QUOTED
+        return size + described
 
 
 def _array_bytes(name: str) -> int:

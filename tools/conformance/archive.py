@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from conformance.manifest import (
+    CARRIER,
     FLOATS,
     HEADER_BYTES,
     MANIFEST_BYTES,
     WIDTH,
     Node,
+    carried,
     check_tables,
     children,
     digest_of,
@@ -74,6 +76,16 @@ def parse_header(raw: bytes, size: int | None, invalid: str, untiled: str, what:
     return entries
 
 
+SIDECAR = "deltafmt.sidecar/"  # and its name: a sidecar in the single-file form
+
+
+def is_archive(path: Path) -> bool:
+    if not path.is_file():
+        return (path / "deltafmt.json").is_file()
+    with path.open("rb") as stream:
+        return stream.read(8 + len(CARRIER))[8:] == CARRIER
+
+
 class Archive:
     """An archive, checked up to step 6 when it is made; `tensor` and `verify` do the rest."""
 
@@ -81,20 +93,43 @@ class Archive:
         self.path, self.bases = path, bases
         self.opened: dict[str, Base] = {}
         self.rebuilt: dict[str, bytes] = {}
-        need((path / "deltafmt.json").is_file(), "not-an-archive", f"no deltafmt.json in {path}")
-        need((path / "deltafmt.json").stat().st_size <= MANIFEST_BYTES, "limit", "deltafmt.json is too large")
-        self.manifest = parse_manifest((path / "deltafmt.json").read_bytes())
+        need(is_archive(path), "not-an-archive", f"no deltafmt.json in {path}")
+        self.single = path.is_file()
+        self.manifest = parse_manifest(self.manifest_text())
+        if self.single:
+            need(len(self.manifest["shards"]) == 1, "schema", "a single file of several shards")
+            for name in self.manifest["arrays"]:
+                need(not name.startswith(SIDECAR), "name", f"an array named like a sidecar: {name!r}")
         check_tables(self.manifest)
         self.order = check_recipes(self.manifest)
         self.places = [self.open_shard(index) for index in range(len(self.manifest["shards"]))]
-        for name, sidecar in self.manifest["sidecars"].items():
+        for name, sidecar in self.manifest["sidecars"].items() if not self.single else ():
             whole = (path / name).is_file() and (path / name).stat().st_size == sidecar["size"]
             need(whole, "sidecar", f"{name!r} is missing or not of {sidecar['size']} bytes")
+
+    def manifest_text(self) -> bytes:
+        if self.single:
+            raw = self.path.read_bytes()
+            length = int.from_bytes(raw[:8], "little")
+            need(length <= len(raw) - 8, "json", "the header is longer than the file")
+            need(length <= HEADER_BYTES, "limit", f"a header of {length} bytes")
+            text = carried(raw[8 : 8 + length])[0]
+        else:
+            need((self.path / "deltafmt.json").stat().st_size <= MANIFEST_BYTES, "limit", "deltafmt.json is too large")
+            text = (self.path / "deltafmt.json").read_bytes()
+        need(len(text) <= MANIFEST_BYTES, "limit", "the manifest is too large")
+        return text
+
+    def shard_path(self, index: int) -> Path:
+        return self.path if self.single else self.path / self.manifest["shards"][index]["name"]
+
+    def sidecar(self, name: str) -> bytes:
+        return self.read(0, SIDECAR + name) if self.single else (self.path / name).read_bytes()
 
     def open_shard(self, index: int) -> dict[str, Entry]:
         """Where the arrays of a shard lie in the file."""
         shard = self.manifest["shards"][index]
-        file, what = self.path / shard["name"], f"shard {shard['name']!r}"
+        file, what = self.shard_path(index), f"shard {shard['name']!r}"
         need(file.is_file(), "shard-missing", f"{what} is not there")
         need(file.stat().st_size == shard["size"], "shard-size", f"{what} is not of {shard['size']} bytes")
         with file.open("rb") as stream:
@@ -104,6 +139,8 @@ class Archive:
             )
             need(length <= HEADER_BYTES, "limit", f"{what}: header of {length} bytes")
             header = stream.read(length)
+        if self.single:
+            header = carried(header)[1]
         need(digest_of(start + header) == shard["header"], "shard-header", f"{what}: header was changed")
         entries = parse_header(header, shard["size"] - 8 - length, "shard-header", "shard-layout", what)
         table = entries.get("deltafmt.chunks", Entry("", (), 0, 0))
@@ -113,8 +150,12 @@ class Archive:
             f"{what}: chunk table",
         )
         arrays = {name: array for name, array in self.manifest["arrays"].items() if array["shard"] == index}
+        sidecars = {SIDECAR + name: s["size"] for name, s in self.manifest["sidecars"].items() if self.single}
+        for name, size in sidecars.items():
+            found = entries.get(name, Entry("", (), 0, 0))
+            need((found.dtype, found.shape) == ("U8", (size,)), "sidecar", f"{name!r} is not there or not of {size}")
         need(
-            entries.keys() == arrays.keys() | {"deltafmt.chunks"},
+            entries.keys() == arrays.keys() | sidecars.keys() | {"deltafmt.chunks"},
             "shard-layout",
             f"{what}: other arrays than in the manifest",
         )
@@ -127,7 +168,7 @@ class Archive:
 
     def read(self, index: int, name: str) -> bytes:
         entry = self.places[index][name]
-        with Path(self.path / self.manifest["shards"][index]["name"]).open("rb") as stream:
+        with self.shard_path(index).open("rb") as stream:
             stream.seek(entry.begin)
             return stream.read(entry.end - entry.begin)
 
@@ -196,7 +237,7 @@ class Archive:
             self.rebuilt[name] = data
         for name, sidecar in self.manifest["sidecars"].items():
             need(
-                digest_of((self.path / name).read_bytes()) == sidecar["digest"],
+                digest_of(self.sidecar(name)) == sidecar["digest"],
                 "digest",
                 f"sidecar {name!r} was changed",
             )
@@ -261,7 +302,7 @@ class Archive:
     def restore(self) -> dict[str, bytes]:
         """The files of the original checkpoint (layout.md), after `verify`."""
         checkpoint, left = self.manifest["checkpoint"], set(self.manifest["tensors"])
-        files = {name: (self.path / name).read_bytes() for name in self.manifest["sidecars"]}
+        files = {name: self.sidecar(name) for name in self.manifest["sidecars"]}
         if "index" in checkpoint:
             files[checkpoint["index"]["name"]] = self.arrays[checkpoint["index"]["array"]]
         for file in checkpoint["files"]:
@@ -286,7 +327,7 @@ class Base:
     def __init__(self, key: str, listed: Mapping[str, Any], bases: Mapping[str, Path]) -> None:
         path, self.listed = bases[key], listed["tensors"]
         self.found: dict[str, Tensor] = {}
-        if (path / "deltafmt.json").is_file():
+        if is_archive(path):
             archive = Archive(path, {other: place for other, place in bases.items() if other != key})
             exact = {name for name, tensor in archive.manifest["tensors"].items() if "digest" in tensor}
             self.found = {name: tensor for name, tensor in archive.verify().items() if name in exact}

@@ -102,6 +102,25 @@ def strict_json(raw: bytes, reason: str, what: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else refuse("not an object")
 
 
+CARRIER = b'{"__metadata__":{"deltafmt.json":"'
+STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
+def carried(header: bytes) -> tuple[bytes, bytes]:
+    """Of the header of a single-file archive: the manifest's text, and the header without it (layout.md)."""
+    string = STRING.match(header, len(CARRIER))
+    need(string, "json", "the manifest has no end")
+    end = string.end() if string else 0
+    raw = header[len(CARRIER) - 1 : end]
+    try:
+        text = json.loads(raw)
+        canonical = json.dumps(text, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise Rejected("json", f"the manifest is no JSON string: {error}") from error
+    need(raw == canonical, "json", "the manifest is not printed as canonical JSON prints a string")
+    return text.encode(), header[: len(CARRIER)] + header[end - 1 :]
+
+
 def is_integer(value: object) -> bool:
     return type(value) is int and 0 <= value <= LARGEST
 

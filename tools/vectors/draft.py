@@ -121,8 +121,16 @@ def _leave(content: Any) -> None:
     """Spoil nothing."""
 
 
+def _same_head(length: bytes, text: bytes, rest: bytes) -> tuple[bytes, bytes, bytes]:
+    return length, text, rest
+
+
 def _same_shard(header: Json, data: bytes) -> tuple[Json | bytes, bytes]:
     return header, data
+
+
+CARRIER = b'{"__metadata__":{"deltafmt.json":"'  # how the header of an archive in one file begins
+SIDECAR = "deltafmt.sidecar/"  # and its name: a sidecar in such a file
 
 
 @dataclass
@@ -142,12 +150,15 @@ class Draft:
     base_hints: Json = field(default_factory=dict)
     other_bases: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # base id -> tensors, in one file each
     shards: int = 1
+    single_file: bool = False
     version: str = "1.0"
     more: Json = field(default_factory=dict)  # further keys of the manifest
     edit_manifest: Callable[[Json], object] = _leave
     edit_text: Callable[[bytes], bytes] = bytes  # before $checksum is set
     edit_shard: Callable[[Json, bytes], tuple[Json | bytes, bytes]] = _same_shard  # header and data of the first shard
     edit_table: Callable[[list[int]], list[int]] = list  # of the first shard, without the checksum
+    edit_head: Callable[[bytes, bytes, bytes], tuple[bytes, bytes, bytes]] = _same_head
+    """Of a single file, after all checksums: the header's length, the manifest as a JSON string, what is behind it."""
     edit_files: Callable[[dict[str, bytes]], object] = _leave  # after all checksums
 
     def array(
@@ -276,14 +287,45 @@ class Draft:
                 physical[name] = array.tensor if as_is else Tensor("U8", [len(array.data)], array.data)
                 if as_is:
                     physical[name] = physical[name]._replace(data=array.data)
+            if self.single_file:
+                physical |= {SIDECAR + name: Tensor("U8", [len(x)], x) for name, x in self.sidecars.items()}
             raw, data = plain(physical)
             if not number:
                 edited, data = self.edit_shard(json.loads(raw), data)
                 raw = edited if isinstance(edited, bytes) else json.dumps(edited, ensure_ascii=False).encode()
+            if self.single_file:
+                break
             name = f"deltafmt-{number + 1:05d}-of-{self.shards:05d}.safetensors"
             start = struct.pack("<Q", len(raw)) + raw
             files[name] = start + data
             shards.append({"name": name, "size": len(files[name]), "header": digest(start)})
+        if self.single_file:
+            return self.seal_single(arrays, checkpoint, raw, data)
+        files["deltafmt.json"] = self.manifest_text(shards, arrays, checkpoint)
+        self.edit_files(files)
+        return files
+
+    def seal_single(self, arrays: Json, checkpoint: Json, header: bytes, data: bytes) -> dict[str, bytes]:
+        """The archive in one file (layout.md): the shard, with the manifest before all else in its header."""
+
+        def string(size: int, head: bytes) -> bytes:
+            shard = {"name": "deltafmt-00001-of-00001.safetensors", "size": size, "header": digest(head)}
+            text = self.manifest_text([shard], arrays, checkpoint)
+            return json.dumps(text.decode("utf-8", "surrogatepass"), ensure_ascii=False).encode()[1:-1]
+
+        metadata = CARRIER.split(b'"deltafmt.json"')[0]
+        rest = b'",' + header.removeprefix(metadata) if header.startswith(metadata) else b'"},' + header[1:]
+        length = -(-(len(CARRIER) + len(string(1 << 40, b"")) + len(rest)) // 8) * 8
+        size = 8 + length + len(data)
+        rest = rest.ljust(length - len(CARRIER) - len(string(size, b"")))
+        start = struct.pack("<Q", length)
+        parts = self.edit_head(start, string(size, start + CARRIER + rest), rest)
+        files = {"archive.safetensors": parts[0] + CARRIER + parts[1] + parts[2] + data}
+        self.edit_files(files)
+        return files
+
+    def manifest_text(self, shards: list[Json], arrays: Json, checkpoint: Json) -> bytes:
+        """The manifest, with its checksum."""
         manifest: Json = {
             "$checksum": "sha256:" + "0" * 64,
             "format": "deltafmt",
@@ -300,9 +342,7 @@ class Draft:
         manifest = json.loads(json.dumps(manifest))  # edits must not reach the draft
         self.edit_manifest(manifest)
         text = self.edit_text(canonical(manifest).encode("utf-8", "surrogatepass"))
-        files["deltafmt.json"] = text.replace(b"0" * 64, sha256(text).encode(), 1)
-        self.edit_files(files)
-        return files
+        return text.replace(b"0" * 64, sha256(text).encode(), 1)
 
     def base_entries(self) -> Json:
         def entry(base: dict[str, Tensor]) -> Json:
