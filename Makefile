@@ -31,6 +31,7 @@ bench: $(VENV)/installed-bench
 	$(BIN)/python tools/bench_lossless.py
 	$(BIN)/python tools/bench_lowrank.py
 	$(BIN)/python tools/bench_merged.py
+	$(BIN)/python tools/bench_serving.py
 	$(BIN)/python tools/bench_memory.py
 	$(BIN)/python tools/bench_open.py
 
