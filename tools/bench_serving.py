@@ -94,7 +94,7 @@ def loading(report: Report, work: Path, repeats: int) -> None:
                 "times ZipNN, warm": warm["deltafmt"] / warm["ZipNN"],
             }
         )
-    note = "All tensors, the base checked by its digests. What safetensors maps is copied, so that it is read; ZipNN knows no base."
+    note = "All tensors. Of the base, digests are checked. What safetensors maps is copied. ZipNN uses no base."
     report.table("Full load of lossless archives", rows, note)
 
 
