@@ -204,6 +204,16 @@ def test_as_many_components_as_fit(kind: str, lowrank: tuple[Path, Path, Any]) -
         load_model(packed, "full", base=base, max_bytes=1000)
 
 
+@pytest.mark.parametrize("mode", ["full", "fused", "lazy"])
+def test_a_single_file_is_a_model_too(mode: Any, tmp_path: Path) -> None:
+    model = llama()
+    model.generation_config.max_new_tokens = 7
+    deltafmt.pack(saved(model, tmp_path / "model"), tmp_path / "packed.safetensors", single_file=True)
+    found = load_model(tmp_path / "packed.safetensors", mode)
+    assert torch.equal(logits(found), logits(model.eval()))
+    assert found.generation_config.max_new_tokens == 7
+
+
 def test_a_prefix_is_what_the_first_components_give(tmp_path: Path) -> None:
     torch.manual_seed(3)
     base = saved(llama(), tmp_path / "base")

@@ -72,7 +72,7 @@ def load_model(
     cast = new_cast(device, dtype)
     with contextlib.ExitStack() as stack:
         archive = stack.enter_context(open_archive(path, base))
-        of = architecture(archive.path, trust_remote_code)
+        of = architecture(archive, trust_remote_code)
         model: nn.Module | None = None
         if mode == "lazy":
             model = _lazy(archive, of, cast, keep, jobs)
@@ -100,7 +100,7 @@ def swap(
     """
     bases, cast = bases_of(model), cast_of(model)
     with open_archive(path, base) as archive:
-        of = architecture(archive.path, trust_remote_code)
+        of = architecture(archive, trust_remote_code)
         if of.model_class is not type(model):
             raise UsageError(
                 "the archive is of another architecture",

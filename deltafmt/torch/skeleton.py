@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..errors import MissingExtraError, UsageError
 from ..names import escaped
+from ..reader import Archive
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,26 @@ class Architecture:
     path: Path
     config: Any
     model_class: Any
+    generation_config: Any
 
 
-def architecture(path: Path, trust_remote_code: bool = False) -> Architecture:
-    """Read `config.json`. Raises `UsageError` where it does not say which model this is, or transformers does not know
-    it; `MissingExtraError` without transformers."""
+def architecture(archive: Archive, trust_remote_code: bool = False) -> Architecture:
+    """Read `config.json`, and `generation_config.json` if there is one.
+
+    Raises `UsageError` where they do not say which model this is, or transformers does not know it; `MissingExtraError`
+    without transformers.
+    """
     if importlib.util.find_spec("transformers") is None:
         raise MissingExtraError("models need transformers", extra="hf")
+    with _sidecar_folder(archive) as folder:
+        return _architecture(archive.path, folder, trust_remote_code)
+
+
+def _architecture(path: Path, folder: Path, trust_remote_code: bool) -> Architecture:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).partition("\n")[0]
         raise UsageError(
@@ -51,7 +63,7 @@ def architecture(path: Path, trust_remote_code: bool = False) -> Architecture:
     remote = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
     for reference in remote.values():
         if names and isinstance(reference, str) and reference.rpartition(".")[2] == names[0]:
-            found = transformers.dynamic_module_utils.get_class_from_dynamic_module(reference, str(path))
+            found = transformers.dynamic_module_utils.get_class_from_dynamic_module(reference, str(folder))
     if found is None and not names:
         found = transformers.AutoModel._model_mapping.get(type(config), None)
     if found is None or isinstance(found, tuple):
@@ -61,7 +73,25 @@ def architecture(path: Path, trust_remote_code: bool = False) -> Architecture:
             where=str(path),
             hint="Pass trust_remote_code=True if the model brings its own code and you trust it",
         )
-    return Architecture(path, config, found)
+    generation = None
+    if (folder / "generation_config.json").is_file():
+        generation = transformers.GenerationConfig.from_pretrained(folder)
+    return Architecture(path, config, found, generation)
+
+
+@contextmanager
+def _sidecar_folder(archive: Archive) -> Iterator[Path]:
+    """Where transformers finds configuration and code: the archive, or a folder for the while if that is one file."""
+    if not archive.single_file:
+        yield archive.path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name, part in archive.sidecars.items():
+            if name.endswith((".json", ".py")):
+                target = Path(folder) / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(b"".join(part.blocks()))
+        yield Path(folder)
 
 
 def skeleton(of: Architecture, dtype: torch.dtype) -> nn.Module:
@@ -100,12 +130,10 @@ def missing(path: Path, names: list[str]) -> UsageError:
 
 
 def _finish(model: Any, of: Architecture) -> None:
-    from transformers import GenerationConfig
-
     model.eval()
     model.config._name_or_path = model.name_or_path = str(of.path)
-    if model.can_generate() and (of.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(of.path)
+    if model.can_generate() and of.generation_config is not None:
+        model.generation_config = copy.deepcopy(of.generation_config)
 
 
 def _quant_method(quantized: Any) -> Any:
