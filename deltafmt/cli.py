@@ -161,7 +161,7 @@ def pack_command(settings: Settings, /, src: str, dst: str, share_parts: Parts, 
     """
     if auto_map and (options["single_file"] or options["dry_run"]):
         raise UsageError("--auto-map needs a directory that is written", hint="Leave out --single-file and --dry-run")
-    write_auto_map = _auto_map_writer() if auto_map else None
+    write_auto_map = _auto_map_writer(src) if auto_map else None
     with settings.progress("packing") as progress:
         report = pack(src, dst, share_parts=share_parts, progress=progress, limits=settings.limits, **options)
     if write_auto_map is not None:
@@ -169,10 +169,11 @@ def pack_command(settings: Settings, /, src: str, dst: str, share_parts: Parts, 
     settings.show(report)
 
 
-def _auto_map_writer() -> Callable[[str], None]:
-    """Before anything is packed, for it needs an extra, which takes seconds to import."""
-    from .hf import write_auto_map
+def _auto_map_writer(src: str) -> Callable[[str], None]:
+    """Before anything is packed: it needs an extra, and not every checkpoint can have one."""
+    from .hf import check_auto_map, write_auto_map
 
+    check_auto_map(src)
     return write_auto_map
 
 

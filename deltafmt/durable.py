@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable
@@ -21,6 +22,11 @@ from .errors import AccessError, DestinationError
 _COPY_BLOCK = 4 << 20
 _NOFOLLOW: int = getattr(os, "O_NOFOLLOW", 0)
 _BINARY: int = getattr(os, "O_BINARY", 0)
+
+_STANDARD = re.compile(
+    r"deltafmt\.json|adapter_config\.json|((diffusion_)?pytorch_|adapter_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+)
+"""Names of files that are the main part of what pack, unpack and export-lora write."""
 
 
 class NewFile:
@@ -249,13 +255,12 @@ def _replaceable_file(file: Path) -> bool:
 
 
 def _replaceable(folder: Path) -> bool:
-    names = [entry.name for entry in folder.iterdir()]
-    return not names or any(
-        name == "deltafmt.json"
-        or name.endswith((".safetensors", ".safetensors.index.json", ".gguf"))
-        or (name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")))
-        for name in names
-    )
+    """Whether it is empty, or a checkpoint, an archive or an adapter: not just any place where a weight file lies."""
+    entries = list(folder.iterdir())
+    if not entries or any(_STANDARD.fullmatch(entry.name) for entry in entries):
+        return True
+    weights = [entry for entry in entries if entry.name.endswith((".safetensors", ".gguf"))]
+    return len(weights) == 1 and not any(entry.is_dir() for entry in entries)
 
 
 def _sync_directory(folder: Path) -> None:

@@ -36,6 +36,7 @@ from .names import MANIFEST
 from .reader import is_archive, read_manifest
 from .sources import Bases, PathLike
 from .torch import LazyTensor, load_model
+from .torch.skeleton import settings
 from .torch.tensors import Cast, torch_dtype
 
 try:
@@ -172,9 +173,7 @@ def _load_as(cls: Any, folder: Path, asked: dict[str, Any], args: tuple[Any, ...
 
 def _told_apart(config: Any) -> dict[str, Any]:
     """What two configurations are compared by; the dtype is an argument of its own."""
-    passing = ("dtype", "_name_or_path", "transformers_version")
-    settings = {name: value for name, value in config.to_dict().items() if name not in passing}
-    return {**settings, "attention": config._attn_implementation}
+    return {**settings(config), "attention": config._attn_implementation}
 
 
 class _Weight(LazyTensor):
@@ -189,6 +188,30 @@ class _Weight(LazyTensor):
 
 
 # For those who do not import this module
+
+
+def check_auto_map(checkpoint: PathLike) -> None:
+    """Raises what `write_auto_map` would of the archive of a local checkpoint, before there is one."""
+    folder = Path(checkpoint)
+    if folder.is_dir():
+        if not (folder / _CONFIG).is_file():
+            raise UsageError(f"the checkpoint has no {_CONFIG}", where=str(folder), hint="Leave out --auto-map")
+        _auto_map(folder / _CONFIG)
+
+
+def _auto_map(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """A configuration, and the `auto_map` that names our stub for its classes."""
+    where = str(file)
+    try:
+        config = json.loads(file.read_bytes())
+    except OSError as error:
+        raise AccessError(f"cannot read: {error.strerror}", where=where) from error
+    except ValueError as error:
+        raise MalformedError("not JSON", where=where) from error
+    auto_map = {name: f"{Path(STUB).stem}.{name}" for name in _auto_classes(config, where)}
+    if config.get("auto_map", auto_map) != auto_map:
+        raise UsageError("the model has code of its own", where=where, found="auto_map", hint="Import deltafmt.hf")
+    return config, auto_map
 
 
 def write_auto_map(archive: PathLike) -> None:
@@ -210,18 +233,9 @@ def write_auto_map(archive: PathLike) -> None:
     manifest = read_manifest(folder)
     if folder.is_file():
         raise UsageError("transformers needs a directory", where=str(folder), hint="Pack without --single-file")
-    where = str(folder / _CONFIG)
     if _CONFIG not in manifest.sidecars:
         raise UsageError(f"the archive has no {_CONFIG}", where=str(folder), hint="Pack a checkpoint that has one")
-    try:
-        config = json.loads((folder / _CONFIG).read_bytes())
-    except OSError as error:
-        raise AccessError(f"cannot read: {error.strerror}", where=where) from error
-    except ValueError as error:
-        raise MalformedError("not JSON", where=where) from error
-    auto_map = {name: f"{Path(STUB).stem}.{name}" for name in _auto_classes(config, where)}
-    if config.get("auto_map", auto_map) != auto_map:
-        raise UsageError("the model has code of its own", where=where, found="auto_map", hint="Import deltafmt.hf")
+    config, auto_map = _auto_map(folder / _CONFIG)
     text = json.dumps({**config, "auto_map": auto_map}, indent=2, ensure_ascii=False) + "\n"
     written = {STUB: _stub(auto_map).encode(), _CONFIG: text.encode()}
     sidecars = {name: Sidecar(len(data), digest(data)) for name, data in written.items()}

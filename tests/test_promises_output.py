@@ -432,3 +432,17 @@ def test_a_read_only_parent_or_a_file_in_the_way(room: Path) -> None:
             verb(room / "file/dst")
         assert caught.value.exit_code in (1, 2)
     assert names_in(room) == ["file", "packed", "src"]
+
+
+def test_a_folder_where_a_weight_file_happens_to_lie_is_not_replaced(tmp_path: Path) -> None:
+    """A single-file archive among other things makes no checkpoint of a folder."""
+    source = write_checkpoint(tmp_path / "source", {"w": f32(4)})
+    place = tmp_path / "models"
+    (place / "notes").mkdir(parents=True)
+    (place / "notes" / "a.txt").write_text("mine")
+    deltafmt.pack(source, place / "packed.safetensors", single_file=True)
+    with pytest.raises(DeltafmtError, match="neither"):
+        deltafmt.pack(source, place, overwrite=True)
+    assert (place / "notes" / "a.txt").read_text() == "mine"
+    deltafmt.pack(source, tmp_path / "archive")
+    deltafmt.pack(source, tmp_path / "archive", overwrite=True)

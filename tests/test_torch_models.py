@@ -18,7 +18,7 @@ from torch import nn
 import deltafmt
 import merges
 from deltafmt.errors import UsageError
-from deltafmt.torch import BaseCache, load_model, merge
+from deltafmt.torch import BaseCache, MultiTenant, load_model, merge, swap
 from deltafmt.torch.fused import deltas
 
 transformers.utils.logging.disable_progress_bar()
@@ -233,3 +233,42 @@ def test_a_prefix_is_what_the_first_components_give(tmp_path: Path) -> None:
 
 def weight_of(checkpoint: Path, name: str) -> torch.Tensor:
     return load_file(checkpoint / "model.safetensors")[name]
+
+
+def test_another_configuration_is_no_fine_tune(tmp_path: Path) -> None:
+    """Same shapes and class: nothing but the configuration tells that the values would be wrong."""
+    base = saved(llama(), tmp_path / "base")
+    models = {}
+    for name, eps in (("one", 1e-6), ("other", 0.5)):
+        model = llama(rms_norm_eps=eps)
+        model.load_state_dict(load_file(base / "model.safetensors"), strict=False)
+        deltafmt.pack(saved(model, tmp_path / f"{name}-model"), tmp_path / name)
+        models[name] = load_model(tmp_path / name, "fused")
+    before = logits(models["one"])
+    with pytest.raises(UsageError, match="configuration"):
+        swap(models["one"], tmp_path / "other")
+    assert torch.equal(logits(models["one"]), before)
+    with pytest.raises(UsageError, match="configuration"):
+        MultiTenant(list(models.values()))
+    with pytest.raises(UsageError):
+        MultiTenant([models["one"], load_model(tmp_path / "one")])
+
+
+def test_what_could_not_be_read_back_is_not_saved(tmp_path: Path, lowrank: tuple[Path, Path, Any]) -> None:
+    archive, base, _ = lowrank
+    for mode in ("fused", "lazy"):
+        with pytest.raises(UsageError, match="plain checkpoint"):
+            load_model(archive, mode, base=base).save_pretrained(tmp_path / mode)
+        assert not (tmp_path / mode).exists()
+    model = load_model(archive, "fused", base=base)
+    merge(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(type(model).from_pretrained(tmp_path / "merged").eval()), expected)
+
+
+def test_the_dense_model_of_a_prefix_fits_too(tmp_path: Path, lowrank: tuple[Path, Path, Any]) -> None:
+    archive, base, _ = lowrank
+    size = resident(load_model(archive, "full", base=base))
+    with pytest.raises(UsageError, match="max_bytes"):
+        load_model(archive, "full", base=base, rank=2, max_bytes=size // 2)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
+
+from ..errors import UsageError
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
@@ -254,6 +256,14 @@ def deltas(model: nn.Module) -> dict[str, Delta]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Delta)}
 
 
+def no_plain_checkpoint(*_: Any, **__: Any) -> NoReturn:
+    """Takes the place of `save_pretrained`: what that would write, no `from_pretrained` could read back."""
+    raise UsageError(
+        "a fused or lazy model has no plain checkpoint",
+        hint="Make a fused one dense first, with deltafmt.torch.merge(model); or load it with mode='full'",
+    )
+
+
 def merge(model: nn.Module) -> None:
     """Turn all fused layers into ordinary ones, in place, and let the bases go that only they needed.
 
@@ -266,5 +276,6 @@ def merge(model: nn.Module) -> None:
         dense.weight = made.setdefault(layer.factors, dense.weight)  # type: ignore[arg-type]
         setattr(model.get_submodule(parent), leaf, dense)
     model._modules.pop(POOL, None)
+    model.__dict__.pop("save_pretrained", None)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())

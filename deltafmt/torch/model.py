@@ -15,9 +15,9 @@ from ..reader import Archive
 from ..sources import Bases, PathLike, open_archive
 from .bases import BaseCache
 from .fill import bases_of, cast_of, fill, listed, move_buffers, take_over
-from .fused import merge
+from .fused import deltas, merge, no_plain_checkpoint
 from .lazy import LazyWeights
-from .skeleton import Architecture, architecture, full_model, skeleton
+from .skeleton import Architecture, architecture, full_model, settings, skeleton
 from .slots import Slot, check_shapes, slots
 from .tensors import Cast, new_cast, read_tensors, torch_dtype
 
@@ -78,9 +78,12 @@ def load_model(
             model = _lazy(archive, of, cast, keep, jobs)
             if model is not None:
                 stack.pop_all()  # the model closes it
-        elif mode == "fused" or rank is not None:
+        elif mode == "fused":
             model = _fused(archive, of, cast, bases or BaseCache(), rank, max_bytes, jobs)
-            if model is not None and mode == "full":
+        elif rank is not None:
+            _check_dense(archive, cast, max_bytes)
+            model = _fused(archive, of, cast, BaseCache(), rank, None, jobs)
+            if model is not None:
                 merge(model)
         return _full(archive, of, cast, max_bytes, jobs) if model is None else model
 
@@ -95,7 +98,8 @@ def swap(
     model stays as it was.
 
     Raises:
-        UsageError: `model` is not from `load_model(mode="fused")`, or the archive is of another architecture.
+        UsageError: `model` is not from `load_model(mode="fused")`, or the archive is of another architecture or
+            configuration.
         WrongBaseError and others: as `load_model`.
     """
     bases, cast = bases_of(model), cast_of(model)
@@ -107,6 +111,12 @@ def swap(
                 where=str(archive.path),
                 expected=type(model).__name__,
                 found=of.model_class.__name__,
+            )
+        if settings(of.config) != settings(model.config):
+            raise UsageError(
+                "the archive is of a model with another configuration",
+                where=str(archive.path),
+                hint="Load it by itself: load_model(..., bases=) shares what they have in common",
             )
         other = _fused(archive, of, cast, bases, rank, None, None)
         if other is None:
@@ -126,6 +136,14 @@ def _check_options(mode: Mode, rank: int | None, max_bytes: int | None, bases: B
 
 
 def _full(archive: Archive, of: Architecture, cast: Cast, max_bytes: int | None, jobs: int | None) -> nn.Module:
+    _check_dense(archive, cast, max_bytes)
+    # On the CPU first: transformers puts no state dict elsewhere by itself.
+    tensors = read_tensors(archive, archive.tensors, Cast(None, cast.dtype), jobs)
+    model = full_model(of, _each_its_own(tensors), cast.dtype)
+    return model if cast.device is None else model.to(cast.device)
+
+
+def _check_dense(archive: Archive, cast: Cast, max_bytes: int | None) -> None:
     needed = sum(info.count * cast.result(torch_dtype(info.dtype)).itemsize for info in archive.tensors.values())
     if max_bytes is not None and needed > max_bytes:
         raise UsageError(
@@ -135,10 +153,6 @@ def _full(archive: Archive, of: Architecture, cast: Cast, max_bytes: int | None,
             found=needed,
             hint="mode='fused' takes less where layers share a base",
         )
-    # On the CPU first: transformers puts no state dict elsewhere by itself.
-    tensors = read_tensors(archive, archive.tensors, Cast(None, cast.dtype), jobs)
-    model = full_model(of, _each_its_own(tensors), cast.dtype)
-    return model if cast.device is None else model.to(cast.device)
 
 
 def _each_its_own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -168,6 +182,8 @@ def _fused(
     if found is None:
         return None
     fill(model, archive, found, cast, bases, rank, max_bytes, jobs)
+    if deltas(model):
+        model.save_pretrained = no_plain_checkpoint  # type: ignore[assignment]
     return model
 
 
@@ -192,6 +208,7 @@ def _lazy(archive: Archive, of: Architecture, cast: Cast, keep: bool, jobs: int 
     for module, tensors in own.items():
         weights.attach(module, tensors)
     move_buffers(model, cast)
+    model.save_pretrained = no_plain_checkpoint  # type: ignore[assignment]
     weakref.finalize(model, weights.close)
     return model
 

@@ -94,6 +94,12 @@ def _sidecar_folder(archive: Archive) -> Iterator[Path]:
         yield Path(folder)
 
 
+def settings(config: Any) -> dict[str, Any]:
+    """What of a configuration makes a model another one: not where it is from, nor what its weights are cast to."""
+    passing = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
+    return {name: value for name, value in config.to_dict().items() if name not in passing}
+
+
 def skeleton(of: Architecture, dtype: torch.dtype) -> nn.Module:
     """The model with its parameters on the meta device; buffers are there, as the model's code computes them. In
     evaluation mode, ties made."""

@@ -16,7 +16,9 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 
 from ..errors import UnsupportedError, UsageError
+from .fill import bases_of
 from .fused import BasePool, Delta, DeltaConv1D, DeltaEmbedding, Factors
+from .skeleton import settings
 
 
 class MultiTenant(nn.Module):
@@ -31,7 +33,7 @@ class MultiTenant(nn.Module):
     model that has rows in the batch.
 
     Raises:
-        UsageError: no models, or not of one architecture.
+        UsageError: no models, one that is not fused, or not of one architecture and configuration.
         UnsupportedError: a module that holds differing weights is no leaf.
     """
 
@@ -39,7 +41,11 @@ class MultiTenant(nn.Module):
         super().__init__()
         if not models or any(type(model) is not type(models[0]) for model in models):
             raise UsageError("models of one architecture are needed", found=[type(model).__name__ for model in models])
-        first = models[0]
+        first: Any = models[0]
+        for model in models:
+            bases_of(model)
+        if any(settings(model.config) != settings(first.config) for model in models):
+            raise UsageError("models of one configuration are needed")
         shared = {id(tensor): tensor for tensor in (*first.parameters(), *first.buffers())}
         self.model: Any = copy.deepcopy(first, shared)
         self._selection = Selection(len(models))
@@ -56,7 +62,7 @@ class MultiTenant(nn.Module):
     def rows(self, rows: Sequence[int] | torch.Tensor) -> Iterator[Any]:
         """Inside, `model` (which this gives) takes batches of as many rows as these, for the models with these numbers;
         so can `generate`."""
-        self._selection.choose(torch.as_tensor(rows, dtype=torch.long))
+        self._selection.choose(torch.as_tensor(rows))
         try:
             yield self.model
         finally:
@@ -76,9 +82,11 @@ class Selection:
 
     def choose(self, rows: torch.Tensor | None) -> None:
         """Raises `UsageError` for numbers of no model."""
+        if rows is not None and (rows.is_floating_point() or rows.dtype == torch.bool):
+            raise UsageError("rows are numbers of models", expected="integers", found=rows.tolist())
         if rows is not None and (rows.dim() != 1 or bool(((rows < 0) | (rows >= self._count)).any())):
             raise UsageError("rows are numbers of models", expected=f"0 to {self._count - 1}", found=rows.tolist())
-        self._rows = rows
+        self._rows = None if rows is None else rows.long()
 
     def expand(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`x` with one row for each of the batch, and the numbers `[batch]` of their models, on its device."""
