@@ -8,16 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
 
-torch = pytest.importorskip("torch")
-
-from safetensors.torch import load_file, save_file  # noqa: E402
-from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
-from torch.distributed.checkpoint.state_dict_loader import load  # noqa: E402
-
-import deltafmt  # noqa: E402
-from deltafmt.dcp import DeltafmtReader  # noqa: E402
-from deltafmt.errors import DeltafmtError, MissingExtraError, UsageError, WrongBaseError  # noqa: E402
+import deltafmt
+from deltafmt.dcp import DeltafmtReader
+from deltafmt.errors import DeltafmtError, MissingExtraError, UsageError, WrongBaseError
 
 ROWS, COLUMNS = 96, 48
 one_process = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
