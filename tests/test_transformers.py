@@ -157,7 +157,6 @@ def test_the_dtype_is_that_of_the_weights_where_the_config_names_none(llama: tup
 
 
 def test_parts_of_it_can_stay_on_disk(llama: tuple[Path, Path], tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
     plain, packed = llama
     places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
     places["model.rotary_emb"] = "cpu"

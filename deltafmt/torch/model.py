@@ -175,12 +175,10 @@ def _fused(
     jobs: int | None,
 ) -> nn.Module | None:
     """None if names in the archive are not those of the model."""
-    dtype = _dtype(archive, of, cast)
-    cast = Cast(cast.device, dtype)
-    model = skeleton(of, dtype)
-    found = _slots(model, archive)
-    if found is None:
+    empty = _empty(archive, of, cast)
+    if empty is None:
         return None
+    model, found, cast = empty
     fill(model, archive, found, cast, bases, rank, max_bytes, jobs)
     if deltas(model):
         model.save_pretrained = no_plain_checkpoint  # type: ignore[assignment]
@@ -189,12 +187,10 @@ def _fused(
 
 def _lazy(archive: Archive, of: Architecture, cast: Cast, keep: bool, jobs: int | None) -> nn.Module | None:
     """None if names in the archive are not those of the model."""
-    dtype = _dtype(archive, of, cast)
-    cast = Cast(cast.device, dtype)
-    model = skeleton(of, dtype)
-    found = _slots(model, archive)
-    if found is None:
+    empty = _empty(archive, of, cast)
+    if empty is None:
         return None
+    model, found, cast = empty
     weights = LazyWeights(archive, cast, jobs, keep)
     own: dict[nn.Module, dict[str, str]] = {}
     for slot in found:
@@ -213,6 +209,14 @@ def _lazy(archive: Archive, of: Architecture, cast: Cast, keep: bool, jobs: int 
     return model
 
 
+def _empty(archive: Archive, of: Architecture, cast: Cast) -> tuple[nn.Module, list[Slot], Cast] | None:
+    """A model without weights, where each tensor of the archive goes, and as what; None if the names are others."""
+    dtype = _dtype(archive, of, cast)
+    model = skeleton(of, dtype)
+    found = _slots(model, archive)
+    return None if found is None else (model, found, Cast(cast.device, dtype))
+
+
 def _slots(model: nn.Module, archive: Archive) -> list[Slot] | None:
     found, homeless = slots(model, archive.manifest)
     if homeless:
@@ -220,7 +224,7 @@ def _slots(model: nn.Module, archive: Archive) -> list[Slot] | None:
         warnings.warn(
             f"{archive.location}: tensors have other names than these modules of the model, which is loaded dense: "
             f"{listed(modules)}",
-            stacklevel=4,
+            stacklevel=5,
         )
         return None
     check_shapes(model, found, archive.manifest, archive.path)
