@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from .checkpoint import TensorInfo
 from .pipeline import Pipeline
 from .reader import Archive
 from .rebuild import Rebuilder, good_step
 
 _PIECE_BYTES = 4 << 20
 _AHEAD = 8  # tensors whose recipes are bound, and whose base tensors are verified, before their turn
+
+
+class Rebuilding(Protocol):
+    """Tensors that can be rebuilt, such as those of an archive."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def rebuilder(self, name: str) -> Rebuilder: ...
 
 
 class Piece(NamedTuple):
@@ -31,7 +41,7 @@ class Piece(NamedTuple):
         return 8 * (self.hi - self.lo)
 
 
-def pieces(archive: Archive, names: Iterable[str], pipeline: Pipeline) -> Iterator[Piece]:
+def pieces(archive: Rebuilding, names: Iterable[str], pipeline: Pipeline) -> Iterator[Piece]:
     """The pieces of these tensors, in order, about 4 MiB each; an empty tensor has one empty piece."""
     ahead: deque[tuple[str, Future[Rebuilder]]] = deque()
     for name in names:
@@ -42,7 +52,7 @@ def pieces(archive: Archive, names: Iterable[str], pipeline: Pipeline) -> Iterat
         yield from _split(archive, *ahead.popleft())
 
 
-def _split(archive: Archive, name: str, rebuilder: Future[Rebuilder]) -> Iterator[Piece]:
+def _split(archive: Rebuilding, name: str, rebuilder: Future[Rebuilder]) -> Iterator[Piece]:
     info = archive.tensors[name]
     step = good_step(info.shape, info.dtype.width, _PIECE_BYTES // info.dtype.width)
     for lo in range(0, max(info.count, 1), step):

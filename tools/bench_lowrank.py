@@ -26,12 +26,14 @@ import torch
 import deltafmt
 import fixtures
 import synthetic
+from deltafmt.checkpoint import TensorInfo
 from deltafmt.dtypes import DTYPES
 from deltafmt.methods.svd import truncated_svd
 from deltafmt.operators import Facts, Lowrank, Operator, Stored, Sum, Target
 from deltafmt.operators.base import Read
+from deltafmt.pieces import Piece, pieces
 from deltafmt.pipeline import Pipeline, Pool
-from deltafmt.rebuild import Rebuilder, good_step, read_in_pieces
+from deltafmt.rebuild import Rebuilder, read_in_pieces
 from measure import Cell, Report, Timed, in_turns
 from plain_checkpoint import Array
 
@@ -96,44 +98,58 @@ def _rebuild_row(base: Array, rank: int, rng: np.random.Generator, repeats: int)
     wide_a, wide_b = a.astype(np.float32), b.astype(np.float32)
     base_t = torch.from_numpy(base.view(np.int16)).view(torch.bfloat16)
     a_t, b_t = torch.from_numpy(wide_a), torch.from_numpy(wide_b)
-    product = torch.empty(base.shape)
+    product, buffer, out_t = torch.empty(base.shape), torch.empty(256, SIDE), torch.empty_like(base_t)
+
+    def blocks() -> None:
+        for top in range(0, SIDE, 256):
+            buffer.copy_(base_t[top : top + 256]).addmm_(b_t[:, top : top + 256].T, a_t)
+            out_t[top : top + 256] = buffer
+
+    def several(run: Callable[[], object]) -> Timed:
+        return Timed(lambda: [run() for _ in range(TENSORS)], _settle)
+
     timed = {
-        "deltafmt, as unpack does it": Timed(lambda: subject.unpack(pipeline)),
-        "deltafmt, one call": Timed(lambda: subject.read(pool)),
-        "numpy, one expression": Timed(
+        "deltafmt, as unpack does it": Timed(lambda: subject.unpack(pipeline), _settle),
+        "deltafmt, one call": several(lambda: subject.read(pool)),
+        "numpy, one expression": several(
             lambda: (base.astype(np.float32) + wide_b.T @ wide_a).astype(ml_dtypes.bfloat16)
         ),
-        "torch, one expression": Timed(lambda: (base_t.float() + b_t.T @ a_t).bfloat16()),
-        "bare GEMM (torch, fp32)": Timed(lambda: torch.mm(b_t.T, a_t, out=product)),
-        "memory copy": Timed(lambda: np.copyto(out, base.view(np.uint16).reshape(-1))),
+        "torch, one expression": several(lambda: (base_t.float() + b_t.T @ a_t).bfloat16()),
+        "torch, blocks of 256 rows": several(blocks),
+        "bare GEMM (torch, fp32)": several(lambda: torch.mm(b_t.T, a_t, out=product)),
+        "memory copy": several(lambda: np.copyto(out, base.view(np.uint16).reshape(-1))),
     }
     pool = Pool(THREADS)
     with Pipeline(THREADS) as pipeline:
-        speed = in_turns({name: Timed(_several(each.run), _settle) for name, each in timed.items()}, repeats)
+        speed = in_turns(timed, repeats)
     pool.close()
     return {"rank": rank} | {name: TENSORS * base.nbytes / seconds / 1e9 for name, seconds in speed.items()}
 
 
 class _Subject:
-    """A recipe of one bf16 tensor, and where it is rebuilt."""
+    """Some tensors with the same recipe, in bf16, and where they are rebuilt."""
 
     def __init__(self, recipe: Operator, memory: InMemory, shape: tuple[int, ...]) -> None:
         self.out = np.empty(math.prod(shape), np.uint16)
-        self._step = good_step(shape, 2, 1 << 21)
-        self._bound = partial(Rebuilder, recipe, memory, memory, Target("w", DTYPES["BF16"], shape, np.dtype("f4")))
+        self.tensors = {f"w{number}": TensorInfo(DTYPES["BF16"], shape) for number in range(TENSORS)}
+        self._recipe, self._memory = recipe, memory
+
+    def rebuilder(self, name: str) -> Rebuilder:
+        """The recipe, bound anew: its factors are read once for each tensor."""
+        target = Target(name, DTYPES["BF16"], self.tensors[name].shape, np.dtype("f4"))
+        return Rebuilder(self._recipe, self._memory, self._memory, target)
 
     def read(self, pool: Pool) -> None:
-        """In one call, as `get_tensor` does it."""
-        read_in_pieces(self._bound(), 0, self.out.size, self.out, pool)
+        """One tensor in one call, as `get_tensor` does it."""
+        read_in_pieces(self.rebuilder("w0"), 0, self.out.size, self.out, pool)
 
     def unpack(self, pipeline: Pipeline) -> None:
-        """As `unpack` does it: pieces in a pool."""
-        rebuilder = self._bound()
+        """All tensors, each into the same memory, piece by piece as `unpack` does it."""
 
-        def piece(begin: int) -> None:
-            rebuilder.read(begin, begin + self._step, self.out[begin : begin + self._step])
+        def rebuild(piece: Piece) -> None:
+            piece.rebuilder.result().read(piece.lo, piece.hi, self.out[piece.lo : piece.hi])
 
-        for _ in pipeline.ordered(range(0, self.out.size, self._step), piece, lambda _: 1):
+        for _ in pipeline.ordered(pieces(self, self.tensors, pipeline), rebuild, lambda piece: piece.nbytes):
             pass
 
 
@@ -155,24 +171,13 @@ def exact_speed(report: Report, ranks: tuple[int, ...], repeats: int) -> None:
             for a, b in (("a", "b"), ("float a", "float b"))
         )
         with Pipeline(THREADS) as pipeline:
-            timed = {
-                name: partial(each.unpack, pipeline) for name, each in {"exact": exact, "bounded": bounded}.items()
-            }
-            seconds = in_turns({name: Timed(_several(run), _settle) for name, run in timed.items()}, repeats)
+            both = {"exact": exact, "bounded": bounded}
+            timed = {name: Timed(partial(each.unpack, pipeline), _settle) for name, each in both.items()}
+            seconds = in_turns(timed, repeats)
         speed = {name: TENSORS * base.nbytes / taken / 1e9 for name, taken in seconds.items()}
         rows.append({"rank": rank, **speed, "exact / bounded, time": seconds["exact"] / seconds["bounded"]})
     note = "GB/s of bf16 output, median; integer factors (I16), no residual, against bf16 factors; as unpack does it."
     report.table(f"Exact: base + 2^s B A -> bf16, {SIDE} x {SIDE}", rows, note)
-
-
-def _several(run: Callable[..., object]) -> Callable[[], None]:
-    """A few tensors in a row, as in a model."""
-
-    def runs() -> None:
-        for _ in range(TENSORS):
-            run()
-
-    return runs
 
 
 def _settle() -> tuple[()]:
