@@ -58,23 +58,51 @@ def encode(bits: Bits, signed: bool, lengths: Sequence[int], low_bits: Sequence[
         bits: `[m]` elements as unsigned integers of their width.
         signed: whether they stand for signed integers.
         lengths: elements of each segment; their sum is `m`. Empty ones are left out.
-        low_bits: of each segment, what `best_low_bits` found for elements like these; 0 where it is not known.
+        low_bits: of each segment, what `best_low_bits` found for elements like these; found anew if None.
     """
     values = _fold(bits) if signed else bits
-    chunk = _encode(values, lengths, low_bits or [0] * len(lengths))
+    chunk = _encode(values, lengths, low_bits or best_low_bits([(values, lengths)], signed=False))
     return chunk if len(chunk) <= bits.nbytes + SLACK else _encode(values, [values.size], [8])
 
 
-def best_low_bits(chunks: Sequence[tuple[Bits, Sequence[int]]], signed: bool, effort: int) -> list[int]:
-    """For each segment the number of low bits that suits it best in some chunks; 0 if it is all zeros.
+def best_low_bits(chunks: Sequence[tuple[Bits, Sequence[int]]], signed: bool, effort: int = 1) -> list[int]:
+    """For each segment the number of low bits that suits it best in some chunks; 0 if none is known.
+
+    A sample of each is packed in every way that makes sense, and coded, all of them together.
 
     Args:
         chunks: `bits` and `lengths` of each, as in `encode`.
         signed: as in `encode`.
-        effort: how much larger a part of each segment to look at than `encode` does.
+        effort: how many samples to take.
     """
     cut = [np.split(_fold(bits) if signed else bits, list(accumulate(lengths))[:-1]) for bits, lengths in chunks]
-    return [_best_low_bits(np.concatenate(alike), effort) for alike in zip(*cut, strict=True)]
+    samples = [_sample(alike, effort * _SAMPLE) for alike in zip(*cut, strict=True)]
+    ways = [_ways(sample) for sample in samples]
+    tried = [(sample, bits) for sample, of_sample in zip(samples, ways, strict=True) for bits in of_sample]
+    if not tried:
+        return [0] * len(samples)
+    kinds = [_Kind(sample.size, bits, _plane_count(int(sample.max()), bits)) for sample, bits in tried]
+    sizes = map(len, zstd.compress(_split(np.concatenate([sample for sample, _ in tried]), kinds)))
+    coded = iter([sum(islice(sizes, kind.planes)) for kind in kinds])
+    return [min(zip(islice(coded, len(of_sample)), of_sample, strict=True), default=(0, 0))[1] for of_sample in ways]
+
+
+def _sample(parts: Sequence[Bits], elements: int) -> Bits:
+    """About so many elements of these parts, evenly."""
+    step = max(sum(part.size for part in parts) // elements, 1)
+    return np.concatenate([part[::step] for part in parts])
+
+
+def _ways(sample: Bits) -> Sequence[int]:
+    """The numbers of low bits that may suit elements like these."""
+    most = int(sample.max(initial=0))
+    if most == 0:
+        return ()
+    # Of many that are not zero, the lowest bit by itself is as good as random.
+    if most == 1 or 2 * np.count_nonzero(sample) < sample.size:
+        return _LOW_BITS
+    # Nor are the two lowest of many that are larger.
+    return _LOW_BITS[2:] if 2 * np.count_nonzero(sample >> 2) > sample.size else _LOW_BITS[1:]
 
 
 def _encode(values: Bits, lengths: Sequence[int], low_bits: Sequence[int]) -> bytes:
@@ -89,12 +117,10 @@ def _encode(values: Bits, lengths: Sequence[int], low_bits: Sequence[int]) -> by
 
 def _kinds(values: Bits, lengths: Sequence[int], low_bits: Sequence[int]) -> list[_Kind]:
     """How each segment that is not empty is packed."""
-    ends = list(accumulate(lengths))
     kinds: list[_Kind] = []
-    for end, count, bits, most in zip(ends, lengths, low_bits, _maxima(values, lengths), strict=True):
+    for count, bits, most in zip(lengths, low_bits, _maxima(values, lengths), strict=True):
         if most > 0:
-            known = bits or _best_low_bits(values[end - count : end])
-            kinds.append(_Kind(count, known, _plane_count(most, known)))
+            kinds.append(_Kind(count, bits or 8, _plane_count(most, bits or 8)))
         elif count > 0:
             kinds.append(_Kind(count, 1, 0))
     return kinds
@@ -122,24 +148,6 @@ def _split(values: Bits, kinds: Sequence[_Kind]) -> list[Plane]:
         for out, plane in zip(planes, chain.from_iterable(found), strict=True):
             np.copyto(out, plane)
     return planes
-
-
-def _best_low_bits(values: Bits, effort: int = 1) -> int:
-    """The number of low bits that suits a sample best; 0 if there are only zeros."""
-    if values.size == 0:
-        return 0
-    sample = np.ascontiguousarray(values[:: max(values.size // (effort * _SAMPLE), 1)])
-    few = 2 * np.count_nonzero(sample) < sample.size
-    if few and values.max() == 0:
-        return 0
-    # Of many that are not zero, the lowest bit by itself is as good as random.
-    ways: Sequence[int] = _LOW_BITS if few or sample.max() == 1 else _LOW_BITS[1:]
-    if 2 * np.count_nonzero(sample >> 2) > sample.size:
-        ways = _LOW_BITS[2:]  # nor are the two lowest of many that are larger
-    kinds = [_Kind(sample.size, bits, _plane_count(int(sample.max()), bits)) for bits in ways]
-    stored = iter(zstd.compress(_split(np.tile(sample, len(ways)), kinds)))
-    sizes = [sum(len(plane) for plane in islice(stored, kind.planes)) for kind in kinds]
-    return ways[sizes.index(min(sizes))]
 
 
 def _plane_count(most: int, low_bits: int) -> int:

@@ -80,13 +80,14 @@ def decompress(stored: Sequence[Plane], sizes: Sequence[int], where: str) -> lis
     planes = list(stored)
     packed = [index for index, (plane, size) in enumerate(zip(stored, sizes, strict=True)) if plane.size != size]
     try:
+        together: list[int] = []
         for index in packed:
-            _check_header(stored[index], sizes[index], where)
-        together = [index for index in packed if _HAS_BATCHES and _is_whole(stored[index])]
-        for index in [index for index in packed if index not in together]:
             frame, size = stored[index].data, sizes[index]
-            data = _CONTEXTS.decompressor.decompress(frame, max_output_size=size, allow_extra_data=False)
-            planes[index] = np.frombuffer(data, np.uint8)
+            if _is_whole(frame, _header(frame, size, where)) and _HAS_BATCHES:
+                together.append(index)
+            else:
+                data = _CONTEXTS.decompressor.decompress(frame, max_output_size=size, allow_extra_data=False)
+                planes[index] = np.frombuffer(data, np.uint8)
         if together:
             wanted = np.array([sizes[index] for index in together], np.uint64)
             frames: Any = [stored[index] for index in together]
@@ -102,27 +103,27 @@ def decompress(stored: Sequence[Plane], sizes: Sequence[int], where: str) -> lis
     return planes
 
 
-def _check_header(stored: Plane, size: int, where: str) -> None:
-    """One frame that says of itself that it holds `size` bytes: see spec/encodings/zstd.md."""
-    frame = zstandard.get_frame_parameters(stored.data)
-    if frame.content_size != size or frame.dict_id or stored.size > size or bytes(stored[:3]) != b"\x28\xb5\x2f":
-        raise _wrong_size(where, size, frame.content_size)
+def _header(frame: memoryview, size: int, where: str) -> Any:
+    """The header of one frame that says of itself that it holds `size` bytes: see spec/encodings/zstd.md."""
+    header = zstandard.get_frame_parameters(frame)
+    if header.content_size != size or header.dict_id or len(frame) > size or bytes(frame[:3]) != b"\x28\xb5\x2f":
+        raise _wrong_size(where, size, header.content_size)
+    return header
 
 
-def _is_whole(stored: Plane) -> bool:
-    """Whether one frame ends where the plane does, as far as a few blocks can tell; decoding many at once is lenient.
+def _is_whole(frame: memoryview, header: Any) -> bool:
+    """Whether the frame ends where its bytes do, as far as a few blocks can tell; decoding many at once is lenient.
 
     Blocks say whether they are the last, of what kind they are, and how long (RFC 8878).
     """
-    position = zstandard.frame_header_size(stored.data)
+    position, length = zstandard.frame_header_size(frame), len(frame)
     for _ in range(_MOST_BLOCKS):
-        if position + 3 > stored.size:
+        if position + 3 > length:
             return False
-        word = int(stored[position]) | int(stored[position + 1]) << 8 | int(stored[position + 2]) << 16
+        word = frame[position] | frame[position + 1] << 8 | frame[position + 2] << 16
         position += 3 + (1 if word >> 1 & 3 == _REPEATED else word >> 3)
         if word & 1:
-            checksum = zstandard.get_frame_parameters(stored.data).has_checksum
-            return bool(position + 4 * checksum == stored.size)
+            return bool(position + 4 * header.has_checksum == length)
     return False
 
 

@@ -33,8 +33,7 @@ def exponent_bounds(keys: Keys, residuals: Bits, elements: int) -> tuple[int, ..
     # The leading bit of a residual and the one after it: all that an exponent can foretell.
     kinds = np.maximum(residuals.astype(np.float32).view(np.int32) >> 22, _ZERO) - _ZERO
     most = int(kinds.max()) + 1
-    counts = np.bincount(keys.astype(np.intp) * most + kinds)
-    counts = np.pad(counts, (0, -counts.size % most)).reshape(-1, most)
+    counts = np.bincount(keys.astype(np.intp) * most + kinds, minlength=(int(keys.max()) + 1) * most).reshape(-1, most)
     values = np.flatnonzero(counts.any(axis=1))
     sums = _sums(counts[values][:, counts.any(axis=0)])
     bits = _bits_of_groups(sums, _LEARNT)

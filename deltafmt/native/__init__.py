@@ -251,8 +251,12 @@ def split_segments(
     """The planes of all segments, one behind the other: `encodings.segments`."""
     _require(sum(elements) == values.size)
     columns = _columns(elements, low_bits, planes, values.itemsize)
-    sizes = (columns[0] * columns[1] + 7) // 8 + columns[0] * (columns[2] - 1)
-    _require(out.size >= sizes[columns[2] > 0].sum())
+    needed = (
+        -(-count * bits // 8) + count * (number - 1)
+        for count, bits, number in zip(elements, low_bits, planes, strict=True)
+        if number
+    )
+    _require(out.size >= sum(needed))
     _call(f"split_segments_{values.itemsize}", values, *columns, len(elements), out)
 
 
@@ -274,9 +278,9 @@ def merge_segments(
 
 def _columns(elements: Sequence[int], low_bits: Sequence[int], planes: Sequence[int], width: int) -> Counts:
     """What is known of segments of elements of `width` bytes."""
-    columns = np.array([elements, low_bits, planes], np.int64)
-    _require(bool((columns >= 0).all() and (columns[2] <= width + 1).all() and np.isin(columns[1], (1, 2, 4, 8)).all()))
-    return columns
+    _require({1, 2, 4, 8}.issuperset(low_bits) and max(planes, default=0) <= width + 1)
+    _require(min(elements, default=0) >= 0 and min(planes, default=0) >= 0)
+    return np.array([elements, low_bits, planes], np.int64)
 
 
 def _require(condition: bool) -> None:
@@ -292,9 +296,14 @@ def _addresses(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uintp]:
 
 
 def _call(name: str, *arguments: npt.NDArray[Any] | int | None) -> Any:
-    """Call a kernel; of arrays it gets the address. They have to be what it is told about them."""
-    assert LIBRARY is not None
-    arrays = [argument for argument in arguments if isinstance(argument, np.ndarray)]
-    _require(all(array.flags.c_contiguous and array.flags.aligned for array in arrays))
-    _require(arrays[-1].flags.writeable)
-    return getattr(LIBRARY, name)(*(each.ctypes.data if isinstance(each, np.ndarray) else each for each in arguments))
+    """Call a kernel; of arrays it gets the address. They have to be what it is told about them; the last is written."""
+    passed: list[int | None] = []
+    for argument in arguments:
+        if isinstance(argument, np.ndarray):
+            flags = argument.flags
+            _require(flags.c_contiguous and flags.aligned)
+            passed.append(argument.ctypes.data)
+        else:
+            passed.append(argument)
+    _require(flags.writeable)
+    return getattr(LIBRARY, name)(*passed)
