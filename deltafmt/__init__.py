@@ -8,6 +8,7 @@ with deltafmt.open("packed/", base="base/") as archive:
 
 from __future__ import annotations
 
+from . import startup  # noqa: F401 # isort: skip # before what takes its time
 from .archive import OpenArchive, TensorSlice, open
 from .errors import (
     AccessError,

@@ -11,7 +11,7 @@ import numpy as np
 
 from .dtypes import Bits, Dtype, Shape
 from .errors import MissingExtraError, UsageError
-from .limits import DEFAULT_LIMITS, Limits
+from .limits import DEFAULT_LIMITS, Limits, check_count
 from .pipeline import Pool
 from .reader import Archive
 from .rebuild import Rebuilder, read_in_pieces
@@ -54,7 +54,9 @@ def open(
         MalformedError, UnsupportedError, IntegrityError: as spec/reasons.md says.
         WrongBaseError: `base` is another model.
         MissingExtraError: `"pt"` without torch.
+        UsageError: another framework, or `jobs` is no number of threads.
     """
+    check_count("jobs", jobs, 1)
     if framework not in ("np", "numpy", "pt", "torch"):
         raise UsageError(f"unknown framework {framework!r}", hint="Choose 'np' or 'pt'")
     if framework in ("pt", "torch") and importlib.util.find_spec("torch") is None:

@@ -12,10 +12,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import click
 
+from . import native
 from .arguments import JOBS, LIMIT, OVERWRITE, QUIET, VERBOSE, Number, Settings, bases, common, layout, model, size
 from .errors import DeltafmtError, IntegrityError, UsageError
 from .inspect import inspect
@@ -23,10 +25,15 @@ from .lora_export import RANKS, export_lora
 from .methods.sharing import Parts
 from .outcome import Stopped, StoppedError, explained, stoppable, tell
 from .pack import METHODS, pack
+from .report import Report
 from .sources import Bases
 from .unpack import unpack
 from .verify import verify
 from .version import __version__
+
+NUMPY = "numpy (none compiled at installation; the same bytes, more slowly)"
+MANY_BYTES = 256 << 20
+"""Of a checkpoint that takes long enough for its owner to wonder."""
 
 
 @click.group(
@@ -40,7 +47,9 @@ from .version import __version__
       deltafmt pack --help                             the lossy options, with examples
     """,
 )
-@click.version_option(__version__, prog_name="deltafmt", message="%(prog)s %(version)s")
+@click.version_option(
+    __version__, prog_name="deltafmt", message=f"%(prog)s %(version)s\nkernels: {'C' if native.available() else NUMPY}"
+)
 @LIMIT
 @QUIET
 @VERBOSE
@@ -166,7 +175,10 @@ def pack_command(settings: Settings, /, src: str, dst: str, share_parts: Parts, 
         report = pack(src, dst, share_parts=share_parts, progress=progress, limits=settings.limits, **options)
     if write_auto_map is not None:
         write_auto_map(dst)
+        mapped = inspect(dst, limits=settings.limits)
+        report = replace(report, stored_bytes=mapped.stored_bytes, roles=mapped.roles)
     settings.show(report)
+    _tell_of_kernels(settings, report)
 
 
 def _auto_map_writer(src: str) -> Callable[[str], None]:
@@ -175,6 +187,17 @@ def _auto_map_writer(src: str) -> Callable[[str], None]:
 
     check_auto_map(src)
     return write_auto_map
+
+
+def _tell_of_kernels(settings: Settings, report: Report) -> None:
+    """A note on stderr where the compiled kernels are missing, if it took time: some do not know that they could wait
+    less."""
+    if not native.available() and not settings.quiet and (settings.verbose or report.logical_bytes >= MANY_BYTES):
+        click.echo(
+            f"deltafmt: note: kernels: {NUMPY}. "
+            "To have them compiled, install deltafmt again, from its source, where there is a C compiler",
+            err=True,
+        )
 
 
 @program.command("unpack", short_help="Unpack an archive into a plain checkpoint.")
@@ -208,6 +231,7 @@ def unpack_command(settings: Settings, /, src: str, dst: str, **options: Any) ->
     with settings.progress("unpacking") as progress:
         report = unpack(src, dst, progress=progress, limits=settings.limits, **options)
     settings.show(report)
+    _tell_of_kernels(settings, report)
 
 
 @program.command("export-lora", short_help="Write what a fine-tune changes as a LoRA adapter.")

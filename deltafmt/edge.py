@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from contextlib import suppress
 from itertools import pairwise
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
@@ -22,7 +23,7 @@ from .checkpoint import TensorInfo
 from .digests import digest
 from .dtypes import SILENT, Dtype, Shape, widen
 from .errors import RefusedError, UsageError
-from .limits import DEFAULT_LIMITS, Limits
+from .limits import DEFAULT_LIMITS, Limits, check_count
 from .manifest import Manifest
 from .names import escaped
 from .operators import Facts, Lowrank, Stored
@@ -61,12 +62,12 @@ def open(
 
     Raises:
         RefusedError: not even one component of each tensor fits in `max_bytes`.
-        UsageError: `rank` is less than 1.
+        UsageError: `rank` is less than 1, or a number is none.
         MalformedError, UnsupportedError, IntegrityError: as spec/reasons.md says.
         WrongBaseError: `base` is another model.
     """
-    if rank is not None and rank < 1:
-        raise UsageError("the rank is less than 1", found=rank, hint="Ask for one component or more")
+    check_count("rank", rank, 1)
+    check_count("max_bytes", max_bytes, 0)
     archive = open_archive(path, base, limits=limits)
     try:
         return EdgeArchive(archive, max_bytes, rank)
@@ -111,7 +112,8 @@ class EdgeArchive:
             rows: of the first axis, in steps of 1; only the chunks that hold them are read.
 
         Raises:
-            UsageError: an unknown name; a dtype that the tensor does not have; rows of a 0-d tensor.
+            UsageError: an unknown name; a dtype that the tensor does not have; rows of a 0-d tensor, or no slice of
+                whole numbers.
             IntegrityError, WrongBaseError: what is read is damaged, or the base is missing.
         """
         info = self._info(name)
@@ -250,9 +252,11 @@ def _viewed(source: Dtype, wanted: View, name: str) -> np.dtype[Any]:
 
 
 def _bounds(rows: slice, shape: Shape, name: str) -> tuple[int, int]:
-    """Where a slice of rows begins and ends. Raises `UsageError` if it has steps, or there are no rows."""
-    if not shape or rows.step not in (None, 1):
-        what = "has no rows" if not shape else "is read in steps of 1 only"
-        raise UsageError(f"tensor '{escaped(name)}' {what}", hint="Leave rows out, or write slice(start, stop)")
-    start, stop, _ = rows.indices(shape[0])
-    return start, max(start, stop)
+    """Where a slice of rows begins and ends. Raises `UsageError` if it is none or has steps, or there are no rows."""
+    if shape and isinstance(rows, slice) and rows.step in (None, 1) and bool not in (type(rows.start), type(rows.stop)):
+        with suppress(TypeError):  # no whole numbers
+            start, stop, _ = rows.indices(shape[0])
+            return start, max(start, stop)
+    what = "is read by slices of whole numbers, in steps of 1, only" if shape else "has no rows"
+    hint = "Leave rows out, or write slice(start, stop)"
+    raise UsageError(f"tensor '{escaped(name)}' {what}", found=repr(rows)[:80], hint=hint)

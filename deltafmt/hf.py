@@ -9,6 +9,8 @@ transformers has no plug-in point for weights, so importing this module wraps on
 `PreTrainedModel.from_pretrained`: what is no archive goes to the original as it came; for an archive, the original is
 given a `state_dict` of lazy slices. So every Auto class, `dtype`, `device_map`, `distributed_config`, key renaming and
 tied weights work as they do with safetensors, and each weight is rebuilt where transformers puts it and not before.
+The Auto classes read the configuration before they call it: theirs are wrapped to say what is wrong with that of an
+archive, and for nothing else.
 
 An archive's config.json is that of the checkpoint: transformers, vLLM and SGLang without deltafmt find no weights and
 say so. `write_auto_map` makes an archive load with `trust_remote_code=True` where nobody imports this module.
@@ -19,8 +21,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +31,16 @@ from .archive import open as open_archive
 from .digests import digest
 from .dtypes import DTYPES
 from .durable import Staging
-from .errors import AccessError, MalformedError, MissingExtraError, UsageError
+from .errors import AccessError, DeltafmtError, MalformedError, MissingExtraError, UsageError
 from .gemm import one_thread_each
 from .manifest import Sidecar
 from .names import MANIFEST
 from .reader import is_archive, read_manifest
 from .sources import Bases, PathLike
+from .sources import open_archive as open_for_reading
 from .torch import LazyTensor, load_model
-from .torch.skeleton import settings
+from .torch.model import check_configuration
+from .torch.skeleton import CONFIG, foreign_errors, generation_config, named_classes, no_config, settings
 from .torch.tensors import Cast, torch_dtype
 
 try:
@@ -51,7 +55,6 @@ except ImportError as error:
 OLDEST = "5.0"
 """The first version of transformers whose loader takes lazy slices."""
 STUB = "modeling_deltafmt.py"
-_CONFIG = "config.json"
 _GENERATION = "generation_config.json"
 _MODES = ("mode", "rank", "max_bytes")
 _BOOKKEEPING = frozenset({"_from_auto", "_from_pipeline", "adapter_kwargs", "weights_only", "use_safetensors"})
@@ -77,7 +80,7 @@ def register() -> None:
     @functools.wraps(original)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: PathLike | None, *args: Any, **kwargs: Any) -> Any:
         name, subfolder = pretrained_model_name_or_path, kwargs.get("subfolder") or ""
-        as_usual = functools.partial(original, cls, name, *args)
+        as_usual = functools.partial(_load_plain, functools.partial(original, cls, name, *args), name)
         if name is None or kwargs.get("state_dict") is not None or kwargs.get("gguf_file") is not None:
             return as_usual(**kwargs)
         folder: Path | None = Path(name) / subfolder
@@ -92,13 +95,90 @@ def register() -> None:
             return as_usual(**kwargs)
         for option in (*_DOWNLOAD, "subfolder"):
             kwargs.pop(option, None)
-        asked = {option: kwargs.pop(option) for option in _MODES if option in kwargs}
-        if not {None, "full"}.issuperset(asked.values()):
+        asked = {option: value for option in _MODES if (value := kwargs.pop(option, None)) is not None}
+        with _explained(folder, kwargs):
+            if asked in ({}, {"mode": "full"}):
+                return _load(functools.partial(original, cls), folder, os.fspath(name), args, kwargs)
             return _load_as(cls, folder, asked, args, kwargs)
-        return _load(functools.partial(original, cls), folder, os.fspath(name), args, kwargs)
 
     from_pretrained.loads_archives = True  # type: ignore[attr-defined]
     transformers.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    for auto_class in vars(modeling_auto).values():
+        if isinstance(auto_class, type) and "from_pretrained" in vars(auto_class):
+            _explain(auto_class)
+
+
+def _explain(auto_class: Any) -> None:
+    """Let an Auto class, each of which has a `from_pretrained` of its own, say what is wrong with an archive."""
+    original = auto_class.from_pretrained.__func__
+
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: PathLike, *args: Any, **kwargs: Any) -> Any:
+        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
+        if not is_archive(folder):
+            return original(cls, pretrained_model_name_or_path, *args, **kwargs)
+        _refuse_single_file(folder)
+        with _explained(folder, kwargs):
+            return original(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    auto_class.from_pretrained = classmethod(from_pretrained)
+
+
+def _load_plain(original: Any, name: PathLike | None, **kwargs: Any) -> Any:
+    """What is no archive, as it always was; but for arguments that only an archive takes."""
+    try:
+        return original(**kwargs)
+    except TypeError as error:
+        for option in ("base", *_MODES):
+            if option in kwargs and f"unexpected keyword argument '{option}'" in str(error):
+                raise UsageError(
+                    f"'{option}' is for archives, and this is a plain checkpoint",
+                    where=str(name),
+                    hint=f"Leave {option} out, or pack it first: deltafmt pack",
+                ) from error
+        raise
+
+
+@contextmanager
+def _explained(folder: Path, options: Mapping[str, Any]) -> Iterator[None]:
+    """Check what may be said before transformers is asked to load an archive. If it fails, look whether the archive's
+    config.json is to blame, and say so; its own error stands if not."""
+    for option in ("dtype", "torch_dtype"):
+        _check_dtype(options.get(option))
+    own, trusted = options.get("config") is None, bool(options.get("trust_remote_code"))
+    if own:
+        _refuse_single_file(folder)
+        if not (folder / CONFIG).is_file():
+            raise no_config(folder)
+    try:
+        yield
+    except DeltafmtError:
+        raise
+    except Exception:
+        if own:
+            with open_for_reading(folder) as archive:
+                check_configuration(archive, trusted)
+        raise
+
+
+def _refuse_single_file(archive: Path) -> None:
+    if archive.is_file():
+        raise UsageError(
+            "from_pretrained takes directories, and this archive is a single file",
+            where=str(archive),
+            hint="Use deltafmt.torch.load_model(path), or pack without --single-file",
+        )
+
+
+def _check_dtype(dtype: Any) -> None:
+    """Raise `UsageError` for one that torch does not have, or that weights cannot have; transformers takes mappings."""
+    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if found in (None, "auto") or isinstance(found, Mapping):
+        return
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise UsageError(
+            f"{dtype!r} is no floating-point dtype of torch", hint="Pass one, such as torch.bfloat16 or 'bfloat16'"
+        )
 
 
 def _downloaded(repo: str, subfolder: str, options: Mapping[str, Any]) -> Path | None:
@@ -124,8 +204,6 @@ def _load(original: Any, folder: Path, name: str, args: tuple[Any, ...], kwargs:
     """All weights, dense, where and as transformers wants them."""
     base: Bases | None = kwargs.pop("base", None)
     if kwargs.get("config") is None:
-        if not (folder / _CONFIG).is_file():
-            raise UsageError(f"the archive has no {_CONFIG}", where=str(folder), hint="Pass config=")
         kwargs["config"] = str(folder)
     with ExitStack() as stack:
         archive = stack.enter_context(open_archive(folder, base, framework="pt"))
@@ -135,13 +213,16 @@ def _load(original: Any, folder: Path, name: str, args: tuple[Any, ...], kwargs:
         loaded = original(None, *args, state_dict=weights, **kwargs)
     model = loaded[0] if kwargs.get("output_loading_info") else loaded
     model.name_or_path = model.config.name_or_path = name
-    if model.can_generate() and kwargs.get("generation_config") is None and (folder / _GENERATION).is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    if model.can_generate() and kwargs.get("generation_config") is None:
+        model.generation_config = generation_config(folder, str(folder / _GENERATION)) or model.generation_config
     return loaded
 
 
 def _load_as(cls: Any, folder: Path, asked: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The ways of `load_model`, which reads the configuration itself."""
+    _refuse_single_file(folder)
+    if not (folder / CONFIG).is_file():
+        raise no_config(folder)
     passed = asked | {name: kwargs.pop(name) for name in ("base", "trust_remote_code") if name in kwargs}
     dtype = kwargs.pop("torch_dtype", None)
     dtype = kwargs.pop("dtype", None) or dtype
@@ -149,7 +230,9 @@ def _load_as(cls: Any, folder: Path, asked: dict[str, Any], args: tuple[Any, ...
     if isinstance(device, Mapping):
         device = device.get("") if len(device) == 1 else "several devices"
     config = kwargs.pop("config", None)
-    own = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=passed.get("trust_remote_code"))
+    where = str(folder / CONFIG)
+    with foreign_errors(where, "transformers cannot read it"):
+        own = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=passed.get("trust_remote_code"))
     changed = isinstance(config, transformers.PreTrainedConfig) and _told_apart(config) != _told_apart(own)
     left = sorted(name for name, value in kwargs.items() if name not in _BOOKKEEPING and value)
     if args or left or changed or device in ("auto", "balanced", "balanced_low_0", "sequential", "several devices"):
@@ -159,12 +242,12 @@ def _load_as(cls: Any, folder: Path, asked: dict[str, Any], args: tuple[Any, ...
             found=", ".join(left) or ("changes to the configuration" if args or changed else f"device_map={device!r}"),
             hint="Leave the others out, or load it without mode, rank and max_bytes",
         )
-    named = own.architectures or []
+    named = named_classes(own, where)
     if named != [cls.__name__]:
         raise UsageError(
             "mode, rank and max_bytes are for the class that config.json names",
             where=str(folder),
-            expected=", ".join(named),
+            expected=", ".join(named) or "a class, and it names none",
             found=cls.__name__,
         )
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
@@ -194,9 +277,9 @@ def check_auto_map(checkpoint: PathLike) -> None:
     """Raises what `write_auto_map` would of the archive of a local checkpoint, before there is one."""
     folder = Path(checkpoint)
     if folder.is_dir():
-        if not (folder / _CONFIG).is_file():
-            raise UsageError(f"the checkpoint has no {_CONFIG}", where=str(folder), hint="Leave out --auto-map")
-        _auto_map(folder / _CONFIG)
+        if not (folder / CONFIG).is_file():
+            raise UsageError(f"the checkpoint has no {CONFIG}", where=str(folder), hint="Leave out --auto-map")
+        _auto_map(folder / CONFIG)
 
 
 def _auto_map(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -233,11 +316,11 @@ def write_auto_map(archive: PathLike) -> None:
     manifest = read_manifest(folder)
     if folder.is_file():
         raise UsageError("transformers needs a directory", where=str(folder), hint="Pack without --single-file")
-    if _CONFIG not in manifest.sidecars:
-        raise UsageError(f"the archive has no {_CONFIG}", where=str(folder), hint="Pack a checkpoint that has one")
-    config, auto_map = _auto_map(folder / _CONFIG)
+    if CONFIG not in manifest.sidecars:
+        raise UsageError(f"the archive has no {CONFIG}", where=str(folder), hint="Pack a checkpoint that has one")
+    config, auto_map = _auto_map(folder / CONFIG)
     text = json.dumps({**config, "auto_map": auto_map}, indent=2, ensure_ascii=False) + "\n"
-    written = {STUB: _stub(auto_map).encode(), _CONFIG: text.encode()}
+    written = {STUB: _stub(auto_map).encode(), CONFIG: text.encode()}
     sidecars = {name: Sidecar(len(data), digest(data)) for name, data in written.items()}
     changed = replace(manifest, sidecars=dict(sorted({**manifest.sidecars, **sidecars}.items())))
     written[MANIFEST] = changed.to_bytes()

@@ -1,8 +1,10 @@
-"""Every cap a reader enforces before it allocates memory (spec/limits.md)."""
+"""Every cap a reader enforces before it allocates memory (spec/limits.md), and numbers that a caller may pass."""
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, fields, replace
+from typing import Any, SupportsIndex
 
 from .errors import MalformedError, UsageError
 
@@ -56,3 +58,21 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+
+
+def check_count(name: str, value: SupportsIndex | None, at_least: int) -> None:
+    """Raise `UsageError` if an argument of this name is no whole number, or less than it may be. None is no number to
+    be checked."""
+    if value is None:
+        return
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < at_least:
+        raise UsageError(f"{name} is no whole number of {at_least} or more", found=_shown(value), hint="Pass an int")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

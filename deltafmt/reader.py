@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,15 @@ from .dtypes import Bits
 from .errors import AccessError, DeltafmtError, IntegrityError, MalformedError, UsageError, WrongBaseError
 from .limits import DEFAULT_LIMITS, Limits
 from .manifest import Array, Base, Manifest, parse_manifest
-from .names import MANIFEST, escaped
+from .names import MANIFEST, escaped, is_shard_name
 from .operators.base import Read
 from .rebuild import Rebuilder
 from .safetensors_file import carried_manifest, is_carrier
 from .scope import ManifestScope
 from .shards import ShardReader
 from .strictjson import parse
+
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
 
 
 def is_archive(path: Path) -> bool:
@@ -43,11 +46,8 @@ def read_manifest(path: Path, limits: Limits = DEFAULT_LIMITS) -> Manifest:
 
 def _manifest_text(path: Path, limits: Limits) -> bytes:
     if not is_archive(path):
-        raise MalformedError(
-            f"no {MANIFEST} in '{path}'",
-            hint="Not a deltafmt archive (or an interrupted pack: run it again)",
-            reason="not-an-archive",
-        )
+        what, hint = _what_it_is(path)
+        raise MalformedError(what, hint=hint, reason="not-an-archive")
     if path.is_file():
         return carried_manifest(path, limits)
     file = path / MANIFEST
@@ -56,6 +56,25 @@ def _manifest_text(path: Path, limits: Limits) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise AccessError(f"cannot read: {error.strerror}", where=str(file)) from error
+
+
+def _what_it_is(path: Path) -> tuple[str, str]:
+    """Of what is no archive: what it looks like by its names, and what to do."""
+    directory = f"Name the directory that holds {MANIFEST}, or a single-file archive"
+    if path.name == MANIFEST:
+        return f"'{path}' is the manifest of an archive, and not all of it", directory
+    if is_shard_name(path.name):
+        return f"'{path}' is one shard of an archive, and not all of it", directory
+    names = [path.name]
+    if path.is_dir():
+        with suppress(OSError):
+            names = [file.name for file in path.iterdir()]
+    if any(map(is_shard_name, names)):
+        return f"no {MANIFEST} in '{path}', but shards of an archive", "Pack or download it again: it is incomplete"
+    if any(name.endswith(_WEIGHTS) for name in names):
+        kind = "weight file" if path.is_file() else "checkpoint"
+        return f"'{path}' is a plain {kind} and no archive", "To make one of it: deltafmt pack SRC DST"
+    return f"'{path}' is no archive: there is no {MANIFEST}", directory
 
 
 def _parsed(path: Path, text: bytes, limits: Limits) -> Manifest:

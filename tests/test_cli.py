@@ -40,6 +40,7 @@ def test_version_and_no_command(run: Run) -> None:
     code, out, _ = run("--version")
     assert code == 0
     assert out.startswith("deltafmt ")
+    assert out.splitlines()[1:] == ["kernels: C"]
     code, out, err = run()
     assert (code, out) == (2, "")
     assert err.startswith("Usage: deltafmt")

@@ -6,6 +6,7 @@ import hashlib
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import deltafmt
 from command_line import Run, object_in, start, weights, write
+from deltafmt import cli, native
 from deltafmt.cli import main
 
 ESCAPE = "\x1b"
@@ -87,9 +90,31 @@ def test_exit_3_not_an_archive(run: Run, base: Path) -> None:
     assert run("inspect", "base") == (
         3,
         "",
-        "deltafmt: error: no deltafmt.json in 'base'\n"
-        "deltafmt: hint: Not a deltafmt archive (or an interrupted pack: run it again)\n",
+        "deltafmt: error: 'base' is a plain checkpoint and no archive\n"
+        "deltafmt: hint: To make one of it: deltafmt pack SRC DST\n",
     )
+
+
+def test_what_is_no_archive_is_told_what_it_is(run: Run, base: Path, tmp_path: Path) -> None:
+    run("pack", "base", "packed")
+    shard = next(path for path in Path("packed").iterdir() if path.suffix == ".safetensors")
+    (tmp_path / "cut-off").mkdir()
+    shutil.copy(shard, "cut-off")
+    (tmp_path / "empty").mkdir()
+    for source, told, hint in (
+        (str(shard), "is one shard of an archive", "Name the directory that holds deltafmt.json"),
+        ("packed/deltafmt.json", "is the manifest of an archive", "Name the directory that holds deltafmt.json"),
+        ("cut-off", "but shards of an archive", "incomplete"),
+        ("base/model.safetensors", "is a plain weight file", "deltafmt pack"),
+        ("empty", "there is no deltafmt.json", "Name the directory that holds"),
+        ("base/config.json", "there is no deltafmt.json", "Name the directory that holds"),
+    ):
+        for command in (["inspect"], ["verify"], ["unpack"]):
+            code, out, err = run(*command, source, *(["out"] if command == ["unpack"] else []))
+            assert (code, out) == (3, ""), source
+            error, told_to_do = err.splitlines()
+            assert told in error and source in error, source
+            assert hint in told_to_do, source
 
 
 def test_exit_3_more_than_a_limit_allows_until_it_is_raised(run: Run, base: Path) -> None:
@@ -176,6 +201,21 @@ def test_what_commands_a_terminal_is_escaped(run: Run) -> None:
     assert err.splitlines()[0] == r"deltafmt: error: './\x1b[31m\nred' does not exist"
 
 
+def test_who_has_no_kernels_is_told_where_it_takes_time(run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("pack", "base", "with", "-v")[2].count("kernels") == 0
+    assert "kernels: C\n" in start("--version").communicate()[0]
+    monkeypatch.setattr(native, "LIBRARY", None)
+    assert run("pack", "base", "small")[2] == ""
+    for command in (["pack", "base", "packed"], ["unpack", "packed", "restored"]):
+        assert run(*command, "-v")[2].count("deltafmt: note: kernels: numpy") == 1
+    monkeypatch.setattr(cli, "MANY_BYTES", 1000)
+    for command in (["pack", "base", "again"], ["unpack", "packed", "twice"]):
+        code, out, err = run(*command, "--json")
+        object_in(out)
+        assert code == 0 and err.startswith("deltafmt: note: kernels: numpy") and err.count("\n") == 1
+    assert run("unpack", "packed", "third", "-q") == (0, "", "")
+
+
 # As a process
 
 
@@ -260,3 +300,25 @@ def test_a_signal_leaves_nothing_behind(
     out, err = process.communicate()
     assert (process.returncode, out, err) == (128 + number, "", told)
     assert list(work.iterdir()) == []
+
+
+@pytest.mark.parametrize("way", ["module", "script", "library"])
+def test_ctrl_c_while_it_is_being_imported(way: str, tmp_path: Path) -> None:
+    """The first thing that takes time is numpy: one is put in its place that presses Ctrl-C."""
+    (tmp_path / "numpy").mkdir()
+    (tmp_path / "numpy/__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n" * 2)
+    script = tmp_path / ("deltafmt" if way == "script" else "program")
+    script.write_text("from deltafmt.cli import main\nmain()\n")
+    process = subprocess.Popen(
+        [sys.executable, *(["-m", "deltafmt"] if way == "module" else [str(script)]), "--version"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(deltafmt.__file__).parents[1])])},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    out, err = process.communicate()
+    if way == "library":  # what Ctrl-C means there is up to the program
+        assert "KeyboardInterrupt" in err
+    else:
+        assert (process.returncode, out, err) == (130, "", "")

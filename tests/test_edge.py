@@ -264,6 +264,28 @@ def test_sidecars(room: Path, packed: Path) -> None:
             small.sidecar("vocab.txt")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"rank": 2.5}, {"rank": True}, {"rank": "2"}, {"rank": -1}, {"max_bytes": "1MB"}, {"max_bytes": 1e9}],
+    ids=str,
+)
+def test_what_is_no_number_is_said_at_once(room: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"^{next(iter(options))} is no whole number"):
+        edge.open(room / "packed", **options)
+
+
+def test_numbers_of_numpy_are_numbers(room: Path) -> None:
+    with edge.open(room / "packed", rank=np.int64(3)) as small:  # type: ignore[arg-type]
+        assert small.rank == 3
+        assert small.get("norm", rows=slice(np.int64(1), np.int64(3))).shape == (2,)
+
+
+@pytest.mark.parametrize("rows", [5, (0, 5), slice("a", None), slice(0.0, 5.0), slice(False, True)], ids=str)
+def test_rows_are_a_slice_of_whole_numbers(room: Path, rows: Any) -> None:
+    with edge.open(room / "packed") as small, pytest.raises(UsageError, match="slices of whole numbers"):
+        small.get("norm", rows=rows)
+
+
 def test_mistakes(room: Path, packed: Path) -> None:
     with pytest.raises(UsageError):
         edge.open(packed, rank=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,12 @@ def test_what_makes_no_sense_is_refused(tiny: Path, tmp_path: Path) -> None:
         {"keep": True},
         {"dtype": torch.int32},
         {"device": "abacus"},
+        {"rank": 2.5},
+        {"rank": True},
+        {"max_bytes": "1MB"},
+        {"max_bytes": 1e9},
+        {"jobs": "2"},
+        {"mode": "fused", "bases": {}},
     ):
         with pytest.raises(UsageError):
             load_model(tmp_path / "packed", **options)
@@ -179,6 +186,62 @@ def test_a_configuration_of_no_model(tiny: Path, tmp_path: Path) -> None:
         deltafmt.pack(tiny, tmp_path / str(number))
         with pytest.raises(UsageError):
             load_model(tmp_path / str(number))
+
+
+BROKEN = {
+    "layers": {"num_hidden_layers": "one"},
+    "activation": {"hidden_act": "nosuch"},
+    "dtype": {"dtype": "foo"},
+    "int": {"dtype": "int32"},
+    "number": {"dtype": 5},
+    "width": {"intermediate_size": 47},
+    "negative": {"intermediate_size": -3},
+    "heads": {"num_attention_heads": 0},
+    "text": {"architectures": "BertModel"},
+    "numbers": {"architectures": [5]},
+    "function": {"architectures": ["AutoModel"]},
+    "other": {"architectures": ["LlamaModel"]},
+    "type": {"model_type": ["bert"]},
+    "map": {"auto_map": 5},
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_configuration_is_named(broken: str, tiny: Path, tmp_path: Path) -> None:
+    file = tiny / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | BROKEN[broken]))
+    deltafmt.pack(tiny, tmp_path / "packed")
+    for mode in ("full", "fused", "lazy"):
+        with pytest.raises(UsageError, match=r"packed.*config\.json") as caught:
+            load_model(tmp_path / "packed", mode)
+        assert caught.value.hint and len(str(caught.value)) < 1000
+        assert ("no list of names" in caught.value.what) == (broken in ("text", "numbers"))
+
+
+def test_a_broken_configuration_of_generation_is_named(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text('{"max_new_tokens": "many"}')
+    deltafmt.pack(tmp_path / "model", tmp_path / "packed.safetensors", single_file=True)
+    with pytest.raises(UsageError, match=r"packed\.safetensors: generation_config\.json: transformers cannot read it"):
+        load_model(tmp_path / "packed.safetensors")
+
+
+def test_a_lazy_model_finds_early_that_its_base_is_not_the_one(tiny: Path, tmp_path: Path) -> None:
+    """Names, dtypes and shapes are those of the base in `other`; its smallest tensor is not."""
+    weights = load_file(tiny / "model.safetensors")
+    for name, change in (("tuned", 1e-6), ("other", 1e-3)):
+        shutil.copytree(tiny, tmp_path / name)
+        moved = {name: tensor + change for name, tensor in weights.items()}
+        save_file(moved, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    deltafmt.pack(tmp_path / "tuned", tmp_path / "packed", base=tiny)
+    for base, told in ((None, "needs the base"), (tmp_path / "other", "is not its base")):
+        with pytest.raises(WrongBaseError, match=told):
+            load_model(tmp_path / "packed", "lazy", base=base)
+        with pytest.raises(WrongBaseError, match=told):
+            deltafmt.torch.load_state_dict(tmp_path / "packed", base=base, lazy=True)
+    with deltafmt.torch.load_state_dict(tmp_path / "packed", base=tiny, lazy=True) as lazy:
+        assert len(lazy) == len(weights)
 
 
 def test_a_configuration_of_another_shape(tiny: Path, tmp_path: Path) -> None:

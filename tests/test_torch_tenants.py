@@ -12,7 +12,7 @@ import transformers
 import deltafmt
 import merges
 from deltafmt.errors import UsageError, WrongBaseError
-from deltafmt.operators import Lowrank, Patch
+from deltafmt.operators import Lowrank, Patch, Stored
 from deltafmt.torch import BaseCache, MultiTenant, load_model, swap
 from deltafmt.torch.fused import DeltaLinear, Factors, deltas
 from deltafmt.torch.tenants import PerTenant
@@ -64,6 +64,25 @@ def loras(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         deltafmt.pack(tuned, root / f"packed{number}", base=base, method="lowrank", rank=rank)
         packed.append(root / f"packed{number}")
     return packed
+
+
+def test_all_components_are_the_exact_weights(base: Path, merged: tuple[Path, Path]) -> None:
+    """In mode `full`: the patch belongs to what is not cut, and goes with what is."""
+    packed, original = merged
+    exact = transformers.LlamaForCausalLM.from_pretrained(original).state_dict()
+    with deltafmt.open(packed, base) as archive:
+        ranks = {
+            archive._archive.manifest.arrays[node.a.array].shape[0]
+            for tensor in archive._archive.manifest.tensors.values()
+            for node in tensor.recipe.walk()
+            if isinstance(node, Lowrank) and isinstance(node.a, Stored)
+        }
+    for rank in (max(ranks), max(ranks) + 1, 1000):
+        loaded = load_model(packed, base=base, rank=rank)
+        assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in exact.items()), rank
+        assert all(each.requires_grad for each in loaded.parameters())
+    less = load_model(packed, base=base, rank=max(ranks) - 1).state_dict()
+    assert any(not torch.equal(less[name], tensor) for name, tensor in exact.items())
 
 
 def test_integer_factors_stay_integers_and_give_nearly_the_exact_weights(merged: tuple[Path, Path], base: Path) -> None:

@@ -17,6 +17,8 @@ import transformers
 
 import deltafmt
 import deltafmt.hf
+from command_line import object_in
+from deltafmt.cli import main
 from deltafmt.errors import DeltafmtError, IntegrityError, MissingExtraError, UsageError, WrongBaseError
 
 LLAMA = {
@@ -283,6 +285,69 @@ def test_an_archive_without_a_config(llama: tuple[Path, Path], tmp_path: Path) -
     assert_same(loaded, transformers.LlamaForCausalLM.from_pretrained(plain))
 
 
+KINDS = ["AutoModelForCausalLM", "LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_file_is_told_what_loads_it(kind: str, llama: tuple[Path, Path], tmp_path: Path) -> None:
+    deltafmt.pack(llama[0], tmp_path / "packed.safetensors", single_file=True)
+    for options in ({}, {"mode": "fused"}):
+        with pytest.raises(UsageError, match=r"is a single file.*load_model"):
+            getattr(transformers, kind).from_pretrained(tmp_path / "packed.safetensors", **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arguments_of_archives_are_not_for_plain_checkpoints(kind: str, llama: tuple[Path, Path]) -> None:
+    for option, value in {"base": llama[0], "mode": "fused", "rank": 2, "max_bytes": 10}.items():
+        with pytest.raises(UsageError, match=f"'{option}' is for archives, and this is a plain checkpoint"):
+            getattr(transformers, kind).from_pretrained(llama[0], **{option: value})
+    with pytest.raises(TypeError, match="nonsense"):
+        getattr(transformers, kind).from_pretrained(llama[0], nonsense=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_archive_that_does_not_say_what_it_is(kind: str, llama: tuple[Path, Path], tmp_path: Path) -> None:
+    deltafmt.pack(llama[0] / "model.safetensors", tmp_path / "packed")
+    for options in ({}, {"mode": "fused"}, {"mode": "fused", "config": transformers.LlamaConfig(**LLAMA)}):
+        with pytest.raises(UsageError, match=r"no config\.json"):
+            getattr(transformers, kind).from_pretrained(tmp_path / "packed", **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", [None, "full", "fused", "lazy"])
+def test_dtypes_that_there_are_not(mode: str | None, kind: str, llama: tuple[Path, Path]) -> None:
+    for dtype in ("foo", "int32", "load", torch.int8, 5):
+        with pytest.raises(UsageError, match="no floating-point dtype"):
+            getattr(transformers, kind).from_pretrained(llama[1], dtype=dtype, mode=mode)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"num_hidden_layers": "two"}, {"hidden_act": "nosuch"}, {"dtype": "foo"}, {"intermediate_size": 47}],
+    ids=str,
+)
+def test_a_broken_configuration_is_named(broken: dict[str, Any], llama: tuple[Path, Path], tmp_path: Path) -> None:
+    plain, _ = llama
+    (tmp_path / "plain").mkdir()
+    config = json.loads((plain / "config.json").read_text()) | broken
+    (tmp_path / "plain/config.json").write_text(json.dumps(config))
+    (tmp_path / "plain/model.safetensors").write_bytes((plain / "model.safetensors").read_bytes())
+    deltafmt.pack(tmp_path / "plain", tmp_path / "packed")
+    for kind in KINDS:
+        for mode in (None, "fused"):
+            with pytest.raises(UsageError, match=r"packed.*config\.json") as caught:
+                getattr(transformers, kind).from_pretrained(tmp_path / "packed", mode=mode)
+            assert caught.value.hint
+
+
+def test_what_is_not_the_archives_fault_is_as_transformers_says_it(llama: tuple[Path, Path]) -> None:
+    for kind in KINDS:
+        with pytest.raises(ValueError, match="attn_implementation"):
+            getattr(transformers, kind).from_pretrained(llama[1], attn_implementation="nosuch")
+        with pytest.raises(TypeError, match="nonsense"):
+            getattr(transformers, kind).from_pretrained(llama[1], nonsense=1)
+
+
 def test_what_is_no_archive_loads_as_before(llama: tuple[Path, Path], tmp_path: Path) -> None:
     plain, _ = llama
     (tmp_path / "config.json").write_bytes((plain / "config.json").read_bytes())
@@ -398,6 +463,14 @@ def test_an_auto_map_is_refused_where_it_would_not_help(llama: tuple[Path, Path]
         with pytest.raises(UsageError, match=r"code of its own|does not know"):
             deltafmt.hf.write_auto_map(tmp_path / f"{name}-packed")
         deltafmt.verify(tmp_path / f"{name}-packed")
+
+
+def test_an_auto_map_is_counted(llama: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pack", str(llama[0]), str(tmp_path / "packed"), "--auto-map", "--json"]) == 0
+    report = object_in(capsys.readouterr().out)
+    assert report["stored_bytes"] == sum(path.stat().st_size for path in (tmp_path / "packed").iterdir())
+    assert report["stored_bytes"] == sum(report["roles"].values())
+    assert report["ratio"] == report["stored_bytes"] / report["logical_bytes"]
 
 
 def test_an_auto_map_where_we_are(llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,13 +47,17 @@ def fill(
     rank: int | None,
     max_bytes: int | None,
     jobs: int | None,
+    *,
+    only_cut: bool = False,
 ) -> None:
     """Give a skeleton its weights. `found` covers all of its parameters; all weights are frozen but float factors.
+
+    `only_cut`: nothing is fused but weights of which `rank` leaves components out.
 
     Matrices that are the same share one parameter. Vectors do not: it would save nothing, and biases are often all
     zeros in several places.
     """
-    fused = _fusable(model, archive, found)
+    fused = _fusable(model, archive, found, rank if only_cut else None)
     dense = {slot: same_as(archive.manifest, slot.tensor) for slot in found if slot not in fused}
     weights: dict[_Weight, None] = dict.fromkeys(dense.values())
     weights |= dict.fromkeys(low.base for low in fused.values() if low.base is not None)
@@ -133,9 +137,12 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _fusable(model: nn.Module, archive: Archive, found: list[Slot]) -> dict[Slot, Low]:
-    """The tensors that become fused layers. Those that others have as their base stay dense, and those that are smaller
-    so; so does, with a warning, what a module uses in a way that is not known here."""
+def _fusable(model: nn.Module, archive: Archive, found: list[Slot], above: int | None) -> dict[Slot, Low]:
+    """The tensors that become fused layers: those that are smaller so, or, with `above`, those of a higher rank.
+
+    Those that others have as their base stay dense; so does, with a warning, what a module uses in a way that is not
+    known here.
+    """
     forms = {slot: low_rank_form(archive.manifest, slot.tensor) for slot in found}
     bases = {low.base for low in forms.values() if low is not None}
     fused, refused = {}, []
@@ -143,7 +150,7 @@ def _fusable(model: nn.Module, archive: Archive, found: list[Slot]) -> dict[Slot
         if low is None or same_as(archive.manifest, slot.tensor) in bases:
             continue
         (rank, columns), (_, rows) = (archive.manifest.arrays[name].shape for name in (low.a, low.b))
-        if rank * (rows + columns) >= rows * columns:
+        if rank * (rows + columns) >= rows * columns if above is None else rank <= above:
             continue
         parents = [_parent(model, place) for place in slot.places]
         if all(leaf == "weight" and fused_like(module) is not None for module, leaf in parents):

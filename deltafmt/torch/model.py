@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
+from ..limits import check_count
 from ..reader import Archive
 from ..sources import Bases, PathLike, open_archive
 from .bases import BaseCache
@@ -18,8 +19,8 @@ from .fill import bases_of, cast_of, fill, listed, move_buffers, take_over
 from .fused import deltas, merge, no_plain_checkpoint
 from .lazy import LazyWeights
 from .skeleton import Architecture, architecture, full_model, settings, skeleton
-from .slots import Slot, check_shapes, slots
-from .tensors import Cast, new_cast, read_tensors, torch_dtype
+from .slots import Slot, check_shapes, highest_rank, slots
+from .tensors import Cast, check_bases, new_cast, read_tensors, torch_dtype
 
 Mode: TypeAlias = Literal["full", "fused", "lazy"]
 
@@ -49,8 +50,11 @@ def load_model(
             yet; each layer reads its weights when it runs, and lets them go after that.
         device: where it goes; the CPU by default.
         dtype: of its floating-point weights; by default what `config.json` says, or else what the first weight has.
-        base: the base it was packed against, or several, as in `deltafmt.open`.
-        rank: use at most this many components of each pair of factors. In mode `"full"`: build the weights from these.
+        base: the base it was packed against, or several, as in `deltafmt.open`. It must be there, with the right names,
+            dtypes and shapes, when the model is loaded; in mode `"lazy"` the digest of the smallest tensor that is
+            needed of it is checked then, and of each other one when it is first read.
+        rank: use at most this many components of each pair of factors. In mode `"full"`: weights that are stored with
+            more are built from these, without the patch that made them exact; all others are as they were.
         max_bytes: use as many components as fit: parameters and buffers take at most this many bytes.
         bases: base weights to share with other models, mode `"fused"` only.
         keep: mode `"lazy"`: keep weights once read.
@@ -64,11 +68,13 @@ def load_model(
         MalformedError, UnsupportedError, IntegrityError: as spec/reasons.md says.
         WrongBaseError: a base is missing, or is another model.
         MissingExtraError: without transformers.
-        UsageError: transformers cannot build it, weights are missing, or it does not fit in `max_bytes`.
+        UsageError: transformers cannot build it, weights are missing, or it does not fit in `max_bytes`; or an argument
+            is not what it may be.
     """
     if mode not in get_args(Mode):
         raise UsageError(f"unknown mode {mode!r}", hint=f"Choose one of {', '.join(get_args(Mode))}")
     _check_options(mode, rank, max_bytes, bases, keep)
+    check_count("jobs", jobs, 1)
     cast = new_cast(device, dtype)
     with contextlib.ExitStack() as stack:
         archive = stack.enter_context(open_archive(path, base))
@@ -80,9 +86,9 @@ def load_model(
                 stack.pop_all()  # the model closes it
         elif mode == "fused":
             model = _fused(archive, of, cast, bases or BaseCache(), rank, max_bytes, jobs)
-        elif rank is not None:
+        elif rank is not None and highest_rank(archive.manifest) > rank:
             _check_dense(archive, cast, max_bytes)
-            model = _fused(archive, of, cast, BaseCache(), rank, None, jobs)
+            model = _fused(archive, of, cast, BaseCache(), rank, None, jobs, only_cut=True)
             if model is not None:
                 merge(model)
         return _full(archive, of, cast, max_bytes, jobs) if model is None else model
@@ -102,6 +108,7 @@ def swap(
             configuration.
         WrongBaseError and others: as `load_model`.
     """
+    check_count("rank", rank, 0)
     bases, cast = bases_of(model), cast_of(model)
     with open_archive(path, base) as archive:
         of = architecture(archive, trust_remote_code)
@@ -124,11 +131,25 @@ def swap(
         take_over(model, other)
 
 
+def check_configuration(archive: Archive, trust_remote_code: bool = False) -> None:
+    """Look for what keeps transformers from building the model, in `config.json` and the shapes of the weights.
+
+    Raises `UsageError` for the first thing found, as `load_model` does.
+    """
+    of = architecture(archive, trust_remote_code)
+    model = skeleton(of, _dtype(archive, of, Cast()))
+    check_shapes(model, slots(model, archive.manifest)[0], archive.manifest, archive.path)
+
+
 def _check_options(mode: Mode, rank: int | None, max_bytes: int | None, bases: BaseCache | None, keep: bool) -> None:
-    if rank is not None and rank < 0:
-        raise UsageError("the rank is negative", found=rank)
+    check_count("rank", rank, 0)
+    check_count("max_bytes", max_bytes, 0)
     if mode == "lazy" and not (rank is None and max_bytes is None):
         raise UsageError("mode 'lazy' reads whole weights: rank and max_bytes do not apply")
+    if bases is not None and not isinstance(bases, BaseCache):
+        raise UsageError(
+            "bases is no BaseCache", found=type(bases).__name__, hint="Use base= for what it was packed against"
+        )
     if mode != "fused" and bases is not None:
         raise UsageError(f"mode {mode!r} shares no base weights: bases does not apply", hint="Use mode='fused'")
     if mode != "lazy" and keep:
@@ -173,13 +194,18 @@ def _fused(
     rank: int | None,
     max_bytes: int | None,
     jobs: int | None,
+    *,
+    only_cut: bool = False,
 ) -> nn.Module | None:
-    """None if names in the archive are not those of the model."""
+    """None if names in the archive are not those of the model.
+
+    `only_cut`: layers are fused where `rank` leaves components out, and dense otherwise.
+    """
     empty = _empty(archive, of, cast)
     if empty is None:
         return None
     model, found, cast = empty
-    fill(model, archive, found, cast, bases, rank, max_bytes, jobs)
+    fill(model, archive, found, cast, bases, rank, max_bytes, jobs, only_cut=only_cut)
     if deltas(model):
         model.save_pretrained = no_plain_checkpoint  # type: ignore[assignment]
     return model
@@ -191,6 +217,7 @@ def _lazy(archive: Archive, of: Architecture, cast: Cast, keep: bool, jobs: int 
     if empty is None:
         return None
     model, found, cast = empty
+    check_bases(archive, [slot.tensor for slot in found])
     weights = LazyWeights(archive, cast, jobs, keep)
     own: dict[nn.Module, dict[str, str]] = {}
     for slot in found:
@@ -233,8 +260,5 @@ def _slots(model: nn.Module, archive: Archive) -> list[Slot] | None:
 
 def _dtype(archive: Archive, of: Architecture, cast: Cast) -> torch.dtype:
     """What was asked for, or what the configuration says, or what the first weight has."""
-    configured = getattr(of.config, "dtype", None)
-    if isinstance(configured, str):
-        configured = getattr(torch, configured)
     floats = (torch_dtype(info.dtype) for info in archive.tensors.values() if info.dtype.is_float)
-    return cast.dtype or configured or next(floats, torch.float32)
+    return cast.dtype or of.dtype or next(floats, torch.float32)

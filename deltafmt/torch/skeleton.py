@@ -7,7 +7,7 @@ import importlib.util
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,29 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ..errors import MissingExtraError, UsageError
+from ..errors import DeltafmtError, MissingExtraError, UsageError
 from ..names import escaped
 from ..reader import Archive
+
+CONFIG = "config.json"
+_GENERATION = "generation_config.json"
+_SHOWN = 300  # characters of what transformers says
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Which model an archive is of: its configuration, and the class that `config.architectures` names."""
+    """Which model an archive is of: its configuration, and the class that `config.architectures` names.
+
+    Attributes:
+        path: the archive.
+        where: its config.json, for messages.
+        dtype: what the configuration says of the weights, if anything.
+    """
 
     path: Path
+    where: str
     config: Any
+    dtype: torch.dtype | None
     model_class: Any
     generation_config: Any
 
@@ -34,31 +46,35 @@ class Architecture:
 def architecture(archive: Archive, trust_remote_code: bool = False) -> Architecture:
     """Read `config.json`, and `generation_config.json` if there is one.
 
-    Raises `UsageError` where they do not say which model this is, or transformers does not know it; `MissingExtraError`
-    without transformers.
+    Raises `UsageError` where they do not say which model this is, or transformers does not know it or cannot read them;
+    `MissingExtraError` without transformers.
     """
     if importlib.util.find_spec("transformers") is None:
         raise MissingExtraError("models need transformers", extra="hf")
     with _sidecar_folder(archive) as folder:
-        return _architecture(archive.path, folder, trust_remote_code)
+        return _architecture(archive, folder, trust_remote_code)
 
 
-def _architecture(path: Path, folder: Path, trust_remote_code: bool) -> Architecture:
+def _architecture(archive: Archive, folder: Path, trust_remote_code: bool) -> Architecture:
     import transformers
 
-    try:
+    if not (folder / CONFIG).is_file():
+        raise no_config(archive.path)
+    where = _place(archive, CONFIG)
+    with foreign_errors(where, "transformers cannot read it"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).partition("\n")[0]
-        raise UsageError(
-            f"transformers cannot read its configuration: {first}",
-            where=str(path),
-            hint="load_state_dict reads any archive",
-        ) from error
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is not None and _quant_method(quantized) == "deltafmt":
-        del config.quantization_config  # ours: what we build is not quantised
-    names = getattr(config, "architectures", None) or []
+        quantized = getattr(config, "quantization_config", None)
+        if quantized is not None and _quant_method(quantized) == "deltafmt":
+            del config.quantization_config  # ours: what we build is not quantised
+        found = _model_class(config, folder, where, trust_remote_code)
+    generation = generation_config(folder, _place(archive, _GENERATION))
+    return Architecture(archive.path, where, config, _dtype(config, where), found, generation)
+
+
+def _model_class(config: Any, folder: Path, where: str, trust_remote_code: bool) -> type:
+    import transformers
+
+    names = named_classes(config, where)
     found = getattr(transformers, names[0], None) if names else None
     remote = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
     for reference in remote.values():
@@ -66,17 +82,77 @@ def _architecture(path: Path, folder: Path, trust_remote_code: bool) -> Architec
             found = transformers.dynamic_module_utils.get_class_from_dynamic_module(reference, str(folder))
     if found is None and not names:
         found = transformers.AutoModel._model_mapping.get(type(config), None)
-    if found is None or isinstance(found, tuple):
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         known = escaped(names[0]) if names else "no architecture"
         raise UsageError(
-            f"transformers has no class for it: config.json names {known}",
-            where=str(path),
+            f"transformers has no class for the model: {known} is named",
+            where=where,
             hint="Pass trust_remote_code=True if the model brings its own code and you trust it",
         )
-    generation = None
-    if (folder / "generation_config.json").is_file():
-        generation = transformers.GenerationConfig.from_pretrained(folder)
-    return Architecture(path, config, found, generation)
+    return found
+
+
+def named_classes(config: Any, where: str) -> list[str]:
+    """The classes that a configuration names. Raises `UsageError` if its `architectures` are no list of names."""
+    names = getattr(config, "architectures", None) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UsageError("its architectures are no list of names", where=where, found=repr(names)[:80], hint=_CORRECT)
+    return names
+
+
+def _dtype(config: Any, where: str) -> torch.dtype | None:
+    named = getattr(config, "dtype", None)
+    if named is None:
+        return None
+    found = getattr(torch, named, None) if isinstance(named, str) else named
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise UsageError(
+            "its dtype is no floating-point dtype of torch", where=where, found=str(named)[:80], hint=_CORRECT
+        )
+    return found
+
+
+def generation_config(folder: Path, where: str) -> Any:
+    """What a folder says about generation; None if it says nothing, or what is no JSON, which transformers skips."""
+    import transformers
+
+    with foreign_errors(where, "transformers cannot read it"), suppress(OSError):
+        return transformers.GenerationConfig.from_pretrained(folder)
+    return None
+
+
+_CORRECT = "Correct it in the checkpoint and pack that again; load_state_dict reads any archive as it is"
+
+
+@contextmanager
+def foreign_errors(where: str, what: str) -> Iterator[None]:
+    """What a library raises about a file that it is given, of whatever class, as `UsageError`."""
+    try:
+        yield
+    except (DeltafmtError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except ImportError as error:  # says what to install
+        raise UsageError(f"{what}: {_in_short(error)}", where=where) from error
+    except Exception as error:
+        raise UsageError(f"{what}: {_in_short(error)}", where=where, hint=_CORRECT) from error
+
+
+def _in_short(error: Exception) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def no_config(archive: Path) -> UsageError:
+    return UsageError(
+        f"the archive has no {CONFIG}, which says what model it is of",
+        where=str(archive),
+        hint="Pass config= to from_pretrained, or pack the checkpoint with it; load_state_dict reads any archive",
+    )
+
+
+def _place(archive: Archive, sidecar: str) -> str:
+    """Where a sidecar is, for messages."""
+    return f"{archive.path}: {sidecar}" if archive.single_file else str(archive.path / sidecar)
 
 
 @contextmanager
@@ -103,10 +179,10 @@ def settings(config: Any) -> dict[str, Any]:
 def skeleton(of: Architecture, dtype: torch.dtype) -> nn.Module:
     """The model with its parameters on the meta device; buffers are there, as the model's code computes them. In
     evaluation mode, ties made."""
-    with _parameters_on_meta():
+    with foreign_errors(of.where, "transformers cannot build the model that it describes"), _parameters_on_meta():
         model: Any = of.model_class._from_config(of.config, dtype=dtype)
         model.tie_weights()
-    _finish(model, of)
+        _finish(model, of)
     built: nn.Module = model
     return built
 
@@ -114,16 +190,35 @@ def skeleton(of: Architecture, dtype: torch.dtype) -> nn.Module:
 def full_model(of: Architecture, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> nn.Module:
     """The model as `from_pretrained` builds it from a state dict: names converted where they have changed since.
 
-    Raises `UsageError` if weights are missing: they would be random.
+    Raises `UsageError` if weights are missing, or have another shape than the model's: they would be random.
     """
-    model, loaded = of.model_class.from_pretrained(
-        None, config=of.config, state_dict=tensors, dtype="auto" if dtype is None else dtype, output_loading_info=True
-    )
+    with foreign_errors(of.where, "transformers cannot build the model that it describes"):
+        model, loaded = of.model_class.from_pretrained(
+            None,
+            config=of.config,
+            state_dict=tensors,
+            dtype="auto" if dtype is None else dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        _finish(model, of)
+    if loaded["mismatched_keys"]:
+        name, stored, needed = min(loaded["mismatched_keys"])
+        raise misfit(of.path, name, list(needed), list(stored))
     if loaded["missing_keys"]:
         raise missing(of.path, sorted(loaded["missing_keys"]))
-    _finish(model, of)
     built: nn.Module = model
     return built
+
+
+def misfit(path: Path, name: str, needed: list[int], stored: list[int]) -> UsageError:
+    return UsageError(
+        f"the tensor '{escaped(name)}' does not fit the model that {CONFIG} describes",
+        where=str(path),
+        expected=needed,
+        found=stored,
+        hint=_CORRECT,
+    )
 
 
 def missing(path: Path, names: list[str]) -> UsageError:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
-from ..errors import UsageError
 from ..manifest import Manifest
-from ..names import escaped
 from ..operators import Lowrank, Operator, Patch, Ref, Stored, Sum
+from .skeleton import misfit
 from .tensors import same_as
 
 
@@ -78,12 +77,7 @@ def check_shapes(model: nn.Module, found: list[Slot], manifest: Manifest, archiv
     for slot in found:
         needed, stored = list(state[slot.places[0]].shape), list(manifest.tensors[slot.tensor].shape)
         if needed != stored:
-            raise UsageError(
-                f"the tensor '{escaped(slot.tensor)}' does not fit the model that config.json describes",
-                where=str(archive),
-                expected=needed,
-                found=stored,
-            )
+            raise misfit(archive, slot.tensor, needed, stored)
 
 
 def low_rank_form(manifest: Manifest, name: str) -> Low | None:
@@ -105,6 +99,12 @@ def low_rank_form(manifest: Manifest, name: str) -> Low | None:
     if isinstance(base, Ref) and base.base is None:
         base = same_as(manifest, base.tensor)
     return Low(base, recipe.a.array, recipe.b.array, recipe.scale)
+
+
+def highest_rank(manifest: Manifest) -> int:
+    """Of all tensors that are base and factors; 0 if none is."""
+    lows = (low_rank_form(manifest, name) for name in manifest.tensors)
+    return max((manifest.arrays[low.a].shape[0] for low in lows if low is not None), default=0)
 
 
 def _stored_name(name: str, prefix: str, manifest: Manifest) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from types import EllipsisType, TracebackType
 from typing import Any, Literal, TypeAlias, overload
 
@@ -11,9 +12,10 @@ import torch
 from ..archive import OpenArchive, TensorSlice
 from ..archive import open as open_lazily
 from ..dtypes import DTYPES
+from ..limits import check_count
 from ..rebuild import good_step
 from ..sources import Bases, PathLike, open_archive
-from .tensors import SAFETENSORS_NAMES, Cast, new_cast, read_tensors, torch_dtype
+from .tensors import SAFETENSORS_NAMES, Cast, check_bases, new_cast, read_tensors, torch_dtype
 
 _BLOCK_ELEMENTS = 1 << 20
 
@@ -61,7 +63,9 @@ def load_state_dict(
         device: where the tensors go; by default they stay on the CPU.
         dtype: what floating-point tensors are cast to; by default they keep theirs.
         base: the base it was packed against, or several, as in `deltafmt.open`.
-        lazy: read nothing yet; give a `LazyStateDict`, to be closed by the caller.
+        lazy: read nothing yet; give a `LazyStateDict`, to be closed by the caller. The base is looked at all the same:
+            it must be there, with the right names, dtypes and shapes, and its smallest tensor that is needed the right
+            one; the digests of the others are checked as they are read.
         jobs: threads; one per processor if None.
 
     Returns:
@@ -71,11 +75,16 @@ def load_state_dict(
     Raises:
         MalformedError, UnsupportedError, IntegrityError: as spec/reasons.md says.
         WrongBaseError: a base is missing, or is another model.
-        UsageError: `dtype` is no float, or `device` cannot be used.
+        UsageError: `dtype` is no float, or `device` cannot be used; or `jobs` is no number of threads.
     """
+    check_count("jobs", jobs, 1)
     cast = new_cast(device, dtype)
     if lazy:
-        return LazyStateDict(open_lazily(path, base, "pt", jobs=jobs), cast)
+        with ExitStack() as stack:
+            opened = stack.enter_context(open_lazily(path, base, "pt", jobs=jobs))
+            check_bases(opened._archive, opened.keys())
+            stack.pop_all()  # the caller closes it
+        return LazyStateDict(opened, cast)
     with open_archive(path, base) as archive:
         return read_tensors(archive, archive.tensors, cast, jobs)
 

@@ -62,7 +62,11 @@ class MultiTenant(nn.Module):
     def rows(self, rows: Sequence[int] | torch.Tensor) -> Iterator[Any]:
         """Inside, `model` (which this gives) takes batches of as many rows as these, for the models with these numbers;
         so can `generate`."""
-        self._selection.choose(torch.as_tensor(rows))
+        try:
+            chosen = torch.as_tensor(rows)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError("rows are numbers of models", expected="integers", found=repr(rows)[:80]) from error
+        self._selection.choose(chosen)
         try:
             yield self.model
         finally:

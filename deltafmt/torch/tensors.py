@@ -93,6 +93,24 @@ def same_as(manifest: Manifest, name: str) -> Ref:
     return Ref(name)
 
 
+def check_bases(archive: Archive, names: Iterable[str]) -> None:
+    """Find out early what can be found out cheaply: raises `WrongBaseError` if a base that tensors need is missing, or
+    the smallest tensor that they need of it is another."""
+    needed: dict[str, list[str]] = {}
+    pending = list(dict.fromkeys(names))
+    seen = set(pending)
+    while pending:
+        for node in archive.manifest.tensors[pending.pop()].recipe.walk():
+            if isinstance(node, Ref) and node.base is not None:
+                needed.setdefault(node.base, []).append(node.tensor)
+            elif isinstance(node, Ref) and node.tensor not in seen:
+                seen.add(node.tensor)
+                pending.append(node.tensor)
+    for name, tensors in needed.items():
+        base = archive.base(name)
+        base.verify(min(tensors, key=base.nbytes))
+
+
 def read_tensors(
     archive: Archive, names: Iterable[str], cast: Cast, jobs: int | None = None
 ) -> dict[str, torch.Tensor]:
