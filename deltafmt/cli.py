@@ -158,6 +158,9 @@ def pack_command(settings: Settings, /, src: str, dst: str, share_parts: Parts, 
       5:4,6:4        layers 5 and 6 share layer 4
     The first two and the last two layers are left as they are, unless named.
 
+    A lossy archive as SRC, such as a checkpoint of a training, keeps its recipes: nothing is searched for, and what it
+    takes from its --base is stored, so that the new archive stands by itself.
+
     \b
     Examples:
       deltafmt pack model/ packed/

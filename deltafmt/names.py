@@ -13,6 +13,8 @@ MISLEADING = ("model.safetensors", "model.safetensors.index.json")
 CHUNK_TABLE = "deltafmt.chunks"
 SIDECAR_PREFIX = "deltafmt.sidecar/"
 """And the name of a sidecar: an array in the single-file form."""
+TRAINING_STATE = ("training.safetensors", "training.json")
+"""Sidecars of a training's checkpoint that only resuming takes."""
 SHARD_PATTERN = re.compile(r"deltafmt-[^/]*\.safetensors")
 BASE_ID = re.compile(r"[a-z0-9_-]{1,64}")
 

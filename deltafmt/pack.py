@@ -27,8 +27,9 @@ from .names import MISLEADING
 from .operators import Ref
 from .operators.patch import predicts
 from .pipeline import IN_FLIGHT_BYTES, Pipeline
+from .repack import Repacker
 from .report import PackReport, Progress, silent
-from .roles import role_bytes, tensor_reports
+from .roles import pack_report
 from .scratch import BufferPool
 from .sources import (
     PathLike,
@@ -36,6 +37,7 @@ from .sources import (
     check_apart,
     check_source,
     check_usable_base,
+    is_lossy,
     local_path,
     open_source,
     provenance,
@@ -77,6 +79,8 @@ def pack(
         src, base: a local Hugging Face directory or weight file, a Hub id, or an archive. `base` is another model that
             `src` was made from, or several: each tensor is stored as its difference to whichever suits it best. What
             may be lost is measured against one base only.
+            A lossy archive is packed as it is, with the same recipes, into one that needs no base; `base` is what `src`
+            was packed against. Give none of the options below then: it cannot become another kind of archive.
         dst: the directory to create; with `single_file`, the file (`*.safetensors`). Nothing is written there unless
             the whole pack succeeds.
         method: `"lossless"`, `"lowrank"`, or `"auto"`: lowrank if one of the options below is given.
@@ -133,11 +137,27 @@ def pack(
     with contextlib.ExitStack() as stack:
         source, origins = local_path(src), {base_id(place): local_path(each) for place, each in enumerate(given)}
         checkpoint = stack.enter_context(open_source(source, base=list(origins.values()), limits=limits))
-        references = {name: stack.enter_context(open_source(origin, limits=limits)) for name, origin in origins.items()}
-        check_source(checkpoint)
         check_apart(Path(dst), source, *origins.values())
         staging = DryRun if dry_run else Staging
         area = stack.enter_context(staging(Path(dst), overwrite=overwrite, single_file=single_file))
+        if method == "auto" and request is None and share is None and is_lossy(checkpoint):
+            repacker = Repacker(checkpoint, area, progress, shard_bytes)
+            manifest = repacker.run()
+            area.commit()
+            return pack_report(
+                manifest,
+                repacker.writer.array_bytes.__getitem__,
+                started,
+                single_file=single_file,
+                source=str(src),
+                destination=str(dst),
+                base=str(given[0]) if given else None,
+                bases=tuple(map(str, given)),
+                method="repack",
+                dry_run=dry_run,
+            )
+        check_source(checkpoint)
+        references = {name: stack.enter_context(open_source(origin, limits=limits)) for name, origin in origins.items()}
         pipeline = stack.enter_context(Pipeline(jobs))
         if request is None:  # a lossy request decomposes one tensor at a time, with all threads
             stack.enter_context(one_thread_each())
@@ -150,17 +170,13 @@ def pack(
         elif share is not None:
             packer.share(shared_layers(checkpoint, share, share_parts).anchors)
         manifest = packer.run()
-        stored = packer.stored_bytes(manifest)
         area.commit()
-    reports = tensor_reports(manifest, packer.array_bytes)
-    errors = [report.rel_error for report in reports.values() if report.rel_error is not None]
-    return PackReport(
+    return pack_report(
+        manifest,
+        packer.array_bytes,
+        started,
+        single_file=single_file,
         logical_bytes=checkpoint.input_bytes,
-        stored_bytes=stored,
-        exact=manifest.exact,
-        max_rel_error=max(errors, default=0.0),
-        seconds=time.perf_counter() - started,
-        tensors=reports,
         source=str(src),
         destination=str(dst),
         base=str(given[0]) if given else None,
@@ -169,7 +185,6 @@ def pack(
         method="lossless" if request is None else "lowrank",
         dry_run=dry_run,
         non_finite=packer.non_finite,
-        roles=role_bytes(manifest, packer.array_bytes, len(manifest.to_bytes()), stored),
     )
 
 
@@ -372,11 +387,5 @@ class _Packer:
         """NaN and infinities that kept a tensor lossless, per tensor."""
         return self._lowrank.non_finite if self._lowrank is not None else {}
 
-    # Sizes
-
     def array_bytes(self, name: str) -> int:
         return self._writer.array_bytes[name]
-
-    def stored_bytes(self, manifest: Manifest) -> int:
-        """Bytes of the whole archive."""
-        return manifest.archive_bytes(len(manifest.to_bytes()), single_file=self._area.single_file)

@@ -23,7 +23,7 @@ from .operators.base import Read
 from .rebuild import Rebuilder
 from .safetensors_file import carried_manifest, is_carrier
 from .scope import ManifestScope
-from .shards import ShardReader
+from .shards import ArrayReader, ShardReader
 from .strictjson import parse
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
@@ -205,7 +205,7 @@ class Archive(Checkpoint):
             raise UsageError(f"there is no tensor '{escaped(name)}'", where=self.location, hint="keys() lists them")
         return Rebuilder(tensor.recipe, self, self.scope, self.scope.target(name))
 
-    def array_reader(self, name: str) -> Read:
+    def array_reader(self, name: str) -> ArrayReader:
         self._check_open()
         return self._shards[self.manifest.arrays[name].shard].array(name)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from typing import Any
 
 from .manifest import Manifest, Tensor
 from .operators import Lowrank, Operator, Patch, Ref, Scaled, Stored, Sum
-from .report import TensorReport
+from .report import PackReport, TensorReport
 
 ROLES = ("base", "factors", "residual", "layout", "sidecar", "manifest", "overhead")
 
@@ -100,3 +102,27 @@ def tensor_reports(manifest: Manifest, array_bytes: Callable[[str], int]) -> dic
             rel_error=0.0 if tensor.exact else tensor.rel_error,
         )
     return reports
+
+
+def pack_report(
+    manifest: Manifest, array_bytes: Callable[[str], int], started: float, *, single_file: bool, **facts: Any
+) -> PackReport:
+    """What was written: sizes, errors and methods, in total and per tensor.
+
+    Args:
+        started: when, by `time.perf_counter`.
+        facts: fields of the report that the manifest does not tell; `logical_bytes` if files count that it leaves out.
+    """
+    manifest_bytes = len(manifest.to_bytes())
+    stored = manifest.archive_bytes(manifest_bytes, single_file=single_file)
+    reports = tensor_reports(manifest, array_bytes)
+    errors = [report.rel_error for report in reports.values() if report.rel_error is not None]
+    return PackReport(
+        **{"logical_bytes": manifest.logical_bytes} | facts,
+        stored_bytes=stored,
+        exact=manifest.exact,
+        max_rel_error=max(errors, default=0.0),
+        seconds=time.perf_counter() - started,
+        tensors=reports,
+        roles=role_bytes(manifest, array_bytes, manifest_bytes, stored),
+    )

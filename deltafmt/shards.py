@@ -6,6 +6,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .digests import checksum, digest
 from .dtypes import DTYPES, Bits, Dtype, Shape
 from .durable import NewFile
 from .encodings import Encoding, decode_chunk
+from .encodings.planes import Plane
 from .errors import IntegrityError, MalformedError, UnsupportedError, UsageError
 from .limits import DEFAULT_LIMITS, MAX_INTEGER, Limits
 from .manifest import Array, Manifest, Shard, Sidecar
@@ -205,13 +207,30 @@ class ArrayReader:
         chunks = -(-count // self._array.encoding.chunk)
         return int(self._rows[chunks - 1, -1]) if chunks else 0
 
+    def planes(self, index: int) -> list[Plane]:
+        """The stored bytes of a chunk's planes. Raises as reading does."""
+        size, ends, where = self._chunk(index)
+        stored = np.empty(size, np.uint8)
+        self._read(index, stored, where)
+        return [stored[begin:end] for begin, end in pairwise([0, *ends])]
+
     def _decode(self, index: int, out: Bits) -> None:
+        size, ends, where = self._chunk(index)
+        raw = self._array.encoding.is_raw and size == out.nbytes
+        stored = out.view(np.uint8) if raw else scratch("stored chunk", np.uint8, size)
+        self._read(index, stored, where)
+        if not raw:
+            decode_chunk(stored, ends, self._array.encoding, out, where)
+
+    def _chunk(self, index: int) -> tuple[int, list[int], str]:
+        """Stored bytes of a chunk, where each plane ends in them, and what to call it. Raises `MalformedError`."""
         row = self._rows[index].tolist()
-        begin = int(self._rows[index - 1, -1]) if index else 0
+        begin = self._offset(index)
         size = row[-1] - begin
         place = f"bytes {self._begin + begin} to {self._begin + row[-1]}"
         where = f"{self._file.path}: '{escaped(self._name)}', chunk {index}, {place}"
-        longest = self._array.encoding.longest(out.nbytes)
+        elements = min(self._array.encoding.chunk, self._array.numel - index * self._array.encoding.chunk)
+        longest = self._array.encoding.longest(elements * self._array.dtype.width)
         if size > longest:
             raise MalformedError(
                 "a chunk is longer than its elements",
@@ -220,20 +239,24 @@ class ArrayReader:
                 found=size,
                 reason="chunk-size",
             )
-        raw = self._array.encoding.is_raw and size == out.nbytes
-        stored = out.view(np.uint8) if raw else scratch("stored chunk", np.uint8, size)
-        self._file.read_into(self._begin + begin, stored)
-        if checksum(stored) != row[0]:
+        return size, [end - begin for end in row[1:]], where
+
+    def _offset(self, index: int) -> int:
+        return int(self._rows[index - 1, -1]) if index else 0
+
+    def _read(self, index: int, stored: Plane, where: str) -> None:
+        """Raises `IntegrityError`."""
+        expected = int(self._rows[index, 0])
+        self._file.read_into(self._begin + self._offset(index), stored)
+        if (found := checksum(stored)) != expected:
             raise IntegrityError(
                 "the chunk does not match its checksum",
                 where=where,
-                expected=f"{row[0]:016x}",
-                found=f"{checksum(stored):016x}",
+                expected=f"{expected:016x}",
+                found=f"{found:016x}",
                 hint=_AGAIN,
                 reason="chunk-checksum",
             )
-        if not raw:
-            decode_chunk(stored, [end - begin for end in row[1:]], self._array.encoding, out, where)
 
 
 class ShardWriter:

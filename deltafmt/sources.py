@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 from . import hf_directory, hub
 from .bases import matched, refuse
@@ -155,9 +155,14 @@ def check_apart(destination: Path, *sources: PathLike | Checkpoint | None) -> No
             )
 
 
+def is_lossy(checkpoint: Checkpoint) -> TypeGuard[Archive]:
+    """Whether it is an archive some of whose tensors are approximations."""
+    return isinstance(checkpoint, Archive) and not checkpoint.manifest.exact
+
+
 def check_source(checkpoint: Checkpoint) -> None:
-    """Refuse to pack a lossy archive again: its errors would be forgotten. Raises `UsageError`."""
-    _refuse_lossy(checkpoint, "packed again", "Unpack it first and pack the result, if that is meant")
+    """Refuse to pack a lossy archive in another way than it is: its errors would be forgotten. Raises `UsageError`."""
+    _refuse_lossy(checkpoint, "packed in another way", "Leave the options out to keep it as it is, or unpack it first")
 
 
 def check_usable_base(checkpoint: Checkpoint) -> None:
@@ -174,7 +179,7 @@ def check_usable_base(checkpoint: Checkpoint) -> None:
 
 
 def _refuse_lossy(checkpoint: Checkpoint, role: str, hint: str) -> None:
-    if isinstance(checkpoint, Archive) and not checkpoint.manifest.exact:
+    if is_lossy(checkpoint):
         lossy = sum(not tensor.exact for tensor in checkpoint.manifest.tensors.values())
         what = f"a lossy archive cannot be {role} ({lossy} tensors are approximations)"
         raise UsageError(what, where=checkpoint.location, hint=hint)

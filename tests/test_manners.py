@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,11 +23,12 @@ def test_a_base_that_nothing_refers_to_is_not_recorded(tmp_path: Path) -> None:
     assert (tmp_path / "again/model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 
 
-def test_a_lossy_archive_is_not_packed_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"method": "lossless"}, {"rank": 1}, {"share": "1:0"}])
+def test_a_lossy_archive_is_not_packed_in_another_way(tmp_path: Path, options: dict[str, Any]) -> None:
     source = write_checkpoint(tmp_path / "source", {"w": f32(64, 64)})
     deltafmt.pack(source, tmp_path / "lossy", rank=1)
-    with pytest.raises(UsageError, match="lossy archive cannot be packed again"):
-        deltafmt.pack(tmp_path / "lossy", tmp_path / "twice")
+    with pytest.raises(UsageError, match="lossy archive cannot be packed in another way"):
+        deltafmt.pack(tmp_path / "lossy", tmp_path / "twice", **options)
     assert not (tmp_path / "twice").exists()
 
 
