@@ -11,7 +11,7 @@ import pytest
 import deltafmt
 
 EXTRAS = ("torch", "huggingface_hub", "transformers", "gguf", "vllm", "sglang")
-ABOUT_EXTRAS = ("torch", "hf", "dcp")  # modules of which the whole point is an extra
+ABOUT_EXTRAS = ("torch", "hf", "dcp", "deltallm")  # modules of which the whole point is an extra
 ABOUT_ENGINES = ("vllm", "sglang")  # which only these engines import
 
 
@@ -29,7 +29,7 @@ sys.modules.update(dict.fromkeys({EXTRAS}))  # None: importing it fails
 import deltafmt
 from deltafmt.errors import MissingExtraError
 for module in pkgutil.walk_packages(deltafmt.__path__, "deltafmt.", onerror=lambda name: None):
-    if module.name.endswith("__main__") or module.name.startswith("deltafmt.torch."):
+    if module.name.endswith("__main__") or module.name.startswith(("deltafmt.torch.", "deltafmt.deltallm.")):
         continue
     if module.name.split(".")[1] in {ABOUT_ENGINES}:
         continue

@@ -91,7 +91,7 @@ def base(model: str, dtype: str) -> Path:
         loaded.save_pretrained(target)
         AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(target)
 
-    return _cached(f"{model}-{dtype}", {}, make)
+    return cached(f"{model}-{dtype}", {}, make)
 
 
 def adapter(recipe: Recipe) -> Path:
@@ -114,7 +114,7 @@ def adapter(recipe: Recipe) -> Path:
         _train(model, _token_ids(recipe.model, stored), recipe)
         model.save_pretrained(target)
 
-    return _cached(f"{recipe.model}-{'dora' if recipe.dora else 'lora'}", asdict(recipe), make)
+    return cached(f"{recipe.model}-{'dora' if recipe.dora else 'lora'}", asdict(recipe), make)
 
 
 def merged(merge: Merge) -> tuple[Path, Path]:
@@ -138,7 +138,7 @@ def merged(merge: Merge) -> tuple[Path, Path]:
         whole = peft.merge_and_unload(safe_merge=merge.safe, adapter_names=names)
         whole.to(getattr(torch, merge.saved)).save_pretrained(target)
 
-    return stored, _cached(f"{model}-merged", asdict(merge), make)
+    return stored, cached(f"{model}-merged", asdict(merge), make)
 
 
 def adapter_weights(merge: Merge) -> int:
@@ -174,7 +174,7 @@ def _train(model: Any, ids: torch.Tensor, recipe: Recipe) -> None:
         optimizer.zero_grad()
 
 
-def _cached(name: str, settings: dict[str, Any], make: Callable[[Path], None]) -> Path:
+def cached(name: str, settings: dict[str, Any], make: Callable[[Path], None]) -> Path:
     """What `make` puts into a directory, made once for these settings and versions of the libraries."""
     versions = {package: importlib.metadata.version(package) for package in ("peft", "torch", "transformers")}
     key = hashlib.sha256(json.dumps([settings, versions], sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,570 @@
+"""DeltaLLM (arXiv 2501.18596) end to end, beside other ways to remove as many parameters, on the same text.
+
+For each method, fraction and seed: the model is built, measured, trained and measured again, on speeches it never saw:
+
+- `delta`: shared layers and low-rank deltas, trained with progressive replacement and distillation;
+- `svd`, `asvd`: each MLP matrix as two factors, without sharing; weighted by the inputs that occur;
+- `drop`: whole layers go, those that matter least (ShortGPT); `merge`: they are averaged into the one before. Both are
+  then trained by a LoRA on all that is left, with as many numbers as `delta` trains, and merged.
+
+Every finished run adds a line to OUT/results.jsonl, and is not made again by a later call; with `--checkpoint-every`, a
+run that was interrupted goes on from its last checkpoint. `--ablate` measures what the parts of the initialisation
+bring, without training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import itertools
+import json
+import math
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import deltafmt
+import deltafmt.torch
+import deltallm_results as results
+import deltallm_subjects as subjects
+from deltafmt.deltallm import Plan, Structure, align, block_influence, delta_model, parameters, plan, second_moments
+from deltafmt.deltallm.architecture import blocks, linears
+from deltafmt.deltallm.baselines import drop_layers, lora_rank, merge_layers, svd_model
+from deltafmt.deltallm.evaluate import Evaluation, evaluate, resident_bytes, stored_bytes
+from deltafmt.deltallm.save import save
+from deltafmt.deltallm.train import Training, train
+from measure import markdown
+
+METHODS = ("delta", "svd", "asvd", "drop", "merge")
+INITIAL = ("plain", "weighted", "full")
+"""How the deltas begin: SVD of the difference; weighted by the inputs; and with the layers aligned before."""
+
+AFTERWARDS = 60.0
+"""Seconds for measuring and packing after a training that stops by itself when its time is up."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model that is built and trained. `structure` says how the deltas lie; of other methods it is empty."""
+
+    model: str
+    method: str
+    remove: float
+    seed: int
+    tokens: int
+    structure: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.method} -{self.remove:.0%} {self.structure} seed {self.seed}, {self.tokens:,} tokens"
+
+
+class Experiment:
+    """The original, its text, and whatever all runs need of them."""
+
+    def __init__(self, options: argparse.Namespace, out: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.options, self.out = options, out
+        self.device, self.dtype = torch.device(options.device), getattr(torch, options.dtype)
+        if options.model_dir:
+            self.subject = subjects.from_files(options.model_dir, options.tokens_file, options.held_out)
+        else:
+            self.subject = subjects.subject(options.model)
+        self.original: Any = AutoModelForCausalLM.from_pretrained(self.subject.directory, dtype=self.dtype)
+        self.original = self.original.to(self.device).eval().requires_grad_(False)
+        held_out = self.subject.held_out
+        self.held_out = held_out[: options.evaluate] if options.evaluate else held_out
+        self.text = self.subject.train
+        self._taught: dict[float, tuple[Any, Plan, dict[str, torch.Tensor] | None]] = {}
+
+    # What all have in common
+
+    @property
+    def calibration(self) -> Iterator[torch.Tensor]:
+        """Batches of text that is also trained on: `[batch, length]`."""
+        length, batch = self.options.length, self.options.batch
+        count = max(1, min(self.options.calibrate, self.text.numel()) // length)
+        # From everywhere in the text, not from its beginning.
+        begins = torch.linspace(0, self.text.numel() - length, count).long()
+        windows = torch.stack([self.text[begin : begin + length] for begin in begins.tolist()])
+        yield from torch.split(windows, batch)
+
+    @cached_property
+    def influence(self) -> list[float]:
+        return block_influence(self.original, self.calibration)
+
+    @cached_property
+    def original_scores(self) -> dict[str, Any]:
+        """Of the original: what every record repeats."""
+        found = scores(self.measured(self.original, reference=False))
+        archive = self.out / "original"
+        deltafmt.pack(self.subject.directory, archive, overwrite=True)
+        stored = stored_bytes(archive)
+        shutil.rmtree(archive)
+        return found | {
+            "parameters": parameters(self.original),
+            "plain_bytes": 2 * parameters(self.original),
+            "stored_bytes": stored,
+            "resident_bytes": resident_bytes(self.original),
+        }
+
+    def measured(self, model: torch.nn.Module, reference: bool = True) -> Evaluation:
+        return evaluate(
+            model,
+            self.held_out,
+            reference=self.original if reference else None,
+            length=self.options.length,
+            batch=self.options.batch,
+            device=self.device,
+        )
+
+    def structure(self, remove: float) -> Structure:
+        options = self.options
+        return Structure(
+            layout=options.layout,
+            parts=options.parts,
+            keep_first=options.keep[0],
+            keep_last=options.keep[1],
+            remove=remove,
+            delta_layers=options.delta_layers,
+        )
+
+    def plan(self, remove: float) -> Plan:
+        return plan(self.original, self.structure(remove), self.influence if self.options.importance else None)
+
+    def factor_count(self, remove: float) -> int:
+        """How many numbers the factors of the delta model have."""
+        found = self.plan(remove)
+        shapes = {name: self.original.get_submodule(name).weight.shape for name in found.ranks}
+        return sum(rank * sum(shapes[name]) for name, rank in found.ranks.items())
+
+    def aligned(self, found: Plan, **parts: bool) -> Any:
+        """The original with layers that are written so that they resemble their anchors; what it computes stays."""
+        teacher = copy.deepcopy(self.original).float()  # scales are no powers of two
+        align(teacher, found, **parts)
+        return teacher.to(self.dtype).eval().requires_grad_(False)
+
+    # Building
+
+    def taught(self, remove: float) -> tuple[Any, Plan, dict[str, torch.Tensor] | None]:
+        """Teacher, structure and second moments of a delta model; the same for every seed."""
+        if remove not in self._taught:
+            found, initial = self.plan(remove), self.options.initial
+            teacher = self.aligned(found) if initial == "full" else copy.deepcopy(self.original)
+            moments = None if initial == "plain" else second_moments(teacher, self.calibration, found.anchors)
+            self._taught[remove] = teacher, found, moments
+        return self._taught[remove]
+
+    def build(self, run: Run) -> tuple[Any, Any, Plan | None]:
+        """The model to be trained, its teacher, and how its deltas lie."""
+        if run.method == "delta":
+            teacher, found, moments = self.taught(run.remove)
+            return delta_model(teacher, found, moments=moments), teacher, found
+        if run.method in ("svd", "asvd"):
+            first, last = self.options.keep
+            inner = range(first, len(blocks(self.original)) - last)
+            names = [name for layer in inner for name in linears(self.original, layer, self.options.parts)]
+            moments = second_moments(self.original, self.calibration, names) if run.method == "asvd" else None
+            return svd_model(self.original, run.remove, names=names, moments=moments), self.original, None
+        shrink = drop_layers if run.method == "drop" else merge_layers
+        return shrink(self.original, self.influence, run.remove), self.original, None
+
+    # One run
+
+    def perform(self, run: Run, seconds: float | None) -> dict[str, Any] | None:
+        """Build, measure, train, measure; the record of it. None if time was too short: another call goes on."""
+        begin = time.perf_counter()
+        torch.manual_seed(run.seed)
+        student, teacher, found = self.build(run)
+        size = parameters(student)
+        initial = self.measured(student)
+        trainable = sum(weight.numel() for weight in student.parameters() if weight.requires_grad)
+        training = self.training(run)
+        if not trainable:
+            rank = lora_rank(student, self.options.trainable or self.factor_count(run.remove))
+            training = replace(training, lora=rank)
+        say(f"  built in {time.perf_counter() - begin:.0f} s: perplexity {initial.perplexity:.2f}")
+        folder = self.out / "runs" / identity(run, self.settings)
+        kept = self.options.checkpoint_every is not None
+        if seconds is not None:
+            seconds = max(1.0, seconds - (time.perf_counter() - begin) - AFTERWARDS)
+        with progress(run.title) as told:
+            history = train(
+                student,
+                teacher,
+                found,
+                self.text,
+                training,
+                directory=folder if kept else None,
+                device=self.device,
+                resume=kept,
+                progress=told,
+                seconds=seconds if kept else None,
+            )
+        if history.interrupted:
+            return None
+        student.eval().requires_grad_(False)
+        trained = self.measured(student)
+        say(f"  trained at {history.log[-1]['tokens_per_second']:,.0f} tokens/s: perplexity {trained.perplexity:.2f}")
+        record = {
+            "run": asdict(run),
+            "settings": self.settings,
+            "parameters": size,
+            "removed": 1 - size / parameters(self.original),
+            "trainable": trainable or lora_size(student, training.lora),
+            "plain_bytes": 2 * size,
+            "resident_bytes": resident_bytes(student),
+            "original": self.original_scores,
+            "initial": scores(initial),
+            "trained": scores(trained),
+            **self.stored(run, student, found),
+            "tokens_per_second": trained.tokens_per_second,
+            "train_seconds": sum(seconds_of(history.log)),
+            "loss_slope": slope(history.log),
+            "seconds": time.perf_counter() - begin,
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
+            "dtype": self.options.dtype,
+            "torch": torch.__version__,
+        }
+        shutil.rmtree(folder, ignore_errors=True)  # checkpoints have served; the log stays
+        folder.mkdir(parents=True)
+        for line in history.log:
+            append(folder / "log.jsonl", line)
+        return record
+
+    def stored(self, run: Run, student: Any, found: Plan | None) -> dict[str, Any]:
+        """What the trained model takes on disk as an archive, and how good it is when it is read back, fused."""
+        archive = self.out / "archives" / identity(run, self.settings)
+        archive.parent.mkdir(exist_ok=True)
+        save(student, found, archive, source=self.subject.directory, dtype=torch.bfloat16, overwrite=True)
+        loaded = deltafmt.torch.load_model(archive, mode="fused", device=self.device, dtype=self.dtype)
+        packed = scores(self.measured(loaded))
+        size = stored_bytes(archive)
+        if not self.options.keep_archives:
+            shutil.rmtree(archive)
+        return {"stored_bytes": size, "packed": packed}
+
+    def training(self, run: Run) -> Training:
+        given = {name: value for name, value in self.settings.items() if name in Training.__dataclass_fields__}
+        return Training(tokens=run.tokens, seed=run.seed, checkpoint_every=self.options.checkpoint_every, **given)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the results depend on beside the run."""
+        names: tuple[str, ...] = (
+            "batch",
+            "length",
+            "accumulate",
+            "rate",
+            "distil",
+            "cross_entropy",
+            "temperature",
+            "replace_until",
+        )
+        names += ("replace_from", "norms", "lora", "compiled")
+        of_data = ("trainable", "evaluate", "calibrate")
+        return {name: getattr(self.options, name) for name in names + of_data}
+
+    # Without training
+
+    def ablation(self, remove: float) -> Iterator[dict[str, Any]]:
+        """What each part of the initialisation brings, for several layouts; a row each."""
+        self.options.delta_layers = self.options.importance = None
+        for parts, layout in itertools.product(("mlp", "both"), ("alternating", "sequential:2")):
+            self.options.parts, self.options.layout = parts, layout
+            for title, row in self._initialised(remove):
+                yield {"remove": remove, "layout": layout, "parts": parts, "initialisation": title, **row}
+
+    def _initialised(self, remove: float) -> Iterator[tuple[str, dict[str, Any]]]:
+        try:
+            fixed = plan(self.original, self.structure(remove))
+        except deltafmt.UsageError as error:
+            say(f"  left out: {error}")
+            return
+        measured = plan(self.original, self.structure(remove), self.influence)
+        none = {"channels": False, "heads": False, "scales": False}
+        steps: list[tuple[str, Plan, bool, dict[str, bool]]] = [
+            ("SVD of the difference", fixed, False, none),
+            ("weighted by inputs", fixed, True, none),
+            ("+ channels", fixed, True, none | {"channels": True}),
+            ("+ heads", fixed, True, none | {"channels": True, "heads": True}),
+            ("+ scales", fixed, True, {"channels": True, "heads": True, "scales": True}),
+            ("+ layers by influence", measured, True, {"channels": True, "heads": True, "scales": True}),
+        ]
+        for title, found, weighted, parts in steps:
+            begin = time.perf_counter()
+            teacher = self.aligned(found, **parts) if any(parts.values()) else copy.deepcopy(self.original)
+            seconds = time.perf_counter() - begin
+            moments = second_moments(teacher, self.calibration, found.anchors) if weighted else None
+            student = delta_model(teacher, found, moments=moments)
+            result = self.measured(student)
+            yield (
+                title,
+                {
+                    "perplexity": result.perplexity,
+                    "agreement": result.agreement,
+                    "KL": result.kl,
+                    "difference / weight": distance(teacher, found),
+                    "error / weight": distance(teacher, found, student),
+                    "align s": seconds,
+                },
+            )
+
+
+def distance(model: Any, found: Plan, student: Any = None) -> float:
+    """Frobenius norm of the delta weights' differences from their anchors, relative to the weights; or, with a student,
+    from what it makes of them."""
+    difference = whole = 0.0
+    for name, anchor in found.anchors.items():
+        weight = model.get_submodule(name).weight.detach().float()
+        other = student.get_submodule(name).merged_weight() if student else model.get_submodule(anchor).weight
+        other = other.detach().float()
+        difference += float((weight - other).square().sum())
+        whole += float(weight.square().sum())
+    return math.sqrt(difference / whole)
+
+
+def scores(evaluation: Evaluation) -> dict[str, Any]:
+    return asdict(evaluation) | {"tokens_per_second": evaluation.tokens_per_second}
+
+
+def identity(run: Run, settings: dict[str, Any]) -> str:
+    """A name for the files of a run."""
+    key = sha256(json.dumps([asdict(run), settings], sort_keys=True).encode()).hexdigest()[:8]
+    return f"{run.model}-{run.method}-{run.remove:g}-{run.seed}-{key}"
+
+
+def planned(options: argparse.Namespace) -> list[Run]:
+    """All runs that were asked for: the first seed of everything first."""
+    structure = " ".join(
+        [options.layout, options.parts, options.initial]
+        + ([f"{options.delta_layers} layers"] if options.delta_layers else [])
+        + (["by influence"] if options.importance else [])
+    )
+    return [
+        Run(options.model, method, remove, seed, tokens, structure if method == "delta" else "")
+        for tokens in options.tokens
+        for seed in options.seeds
+        for remove in options.remove
+        for method in options.methods
+    ]
+
+
+def make_all(experiment: Experiment, options: argparse.Namespace) -> None:
+    """Make the runs that are not made yet, as many as there is time for."""
+    file, begin = options.out / "results.jsonl", time.monotonic()
+    for run in planned(options):
+        records = results.read(file)
+        same = [record for record in records if record["settings"] == experiment.settings]
+        if any(record["run"] == asdict(run) for record in same):
+            continue
+        left = 60 * options.minutes - (time.monotonic() - begin) if options.minutes else None
+        if left is not None and left < expected_seconds(run, records, options.checkpoint_every):
+            say(f"no time left for {run.title}")
+            return
+        say(run.title)
+        try:
+            record = experiment.perform(run, left)
+        except deltafmt.UsageError as error:
+            say(f"  left out: {error}")
+            continue
+        if record is None:
+            say("  interrupted" + (": another call goes on from here" if options.checkpoint_every else ""))
+            return
+        append(file, record)
+        gc.collect()
+
+
+def expected_seconds(run: Run, records: list[dict[str, Any]], checkpoint_every: int | None) -> float:
+    """How long a run will take, as those did that were most like it; 0 if there are none. With checkpoints it may take
+    several calls, and needs only some time in each."""
+    if checkpoint_every is not None:
+        return AFTERWARDS
+    of_model = [record for record in records if record["run"]["model"] == run.model]
+    alike = [record for record in of_model if record["run"]["method"] == run.method] or of_model
+    guesses = (
+        record["seconds"] + record["train_seconds"] * (run.tokens / record["run"]["tokens"] - 1) for record in alike
+    )
+    return max(guesses, default=0.0)
+
+
+def lora_size(model: Any, rank: int | None) -> int:
+    """How many numbers LoRAs of a rank have on all linear layers of the blocks."""
+    modules = itertools.chain(*(linears(model, layer, "both").values() for layer in range(len(blocks(model)))))
+    return (rank or 0) * sum(sum(module.get_parameter("weight").shape) for module in modules)
+
+
+def seconds_of(log: list[dict[str, float]]) -> Iterator[float]:
+    """How long the steps between lines of a log took."""
+    before = 0.0
+    for line in log:
+        yield (line["tokens"] - before) / line["tokens_per_second"]
+        before = line["tokens"]
+
+
+def slope(log: list[dict[str, float]]) -> float | None:
+    """By how much the loss changes at the end, per doubling of the tokens: a straight line through the last quarter of
+    the log, over the logarithm of the tokens. None if that has too few lines."""
+    last = [line for line in log if line["tokens"] > 0.75 * log[-1]["tokens"]]
+    if len(last) < 3:
+        return None
+    return statistics.linear_regression([math.log2(line["tokens"]) for line in last], [line["loss"] for line in last])[
+        0
+    ]
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar in a terminal; elsewhere a line for each tenth."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress, TimeRemainingColumn
+
+        with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+            task = bar.add_task(title)
+            yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+        return
+    told = 0
+
+    def tell(done: int, total: int, what: str) -> None:
+        nonlocal told
+        if 10 * done // total > told:
+            told = 10 * done // total
+            say(f"  {done:,} of {total:,} tokens: {what}")
+
+    yield tell
+
+
+def append(file: Path, record: dict[str, Any]) -> None:
+    """One more line, at once."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as sink:
+        sink.write(json.dumps(record) + "\n")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(rows: list[dict[str, Any]], title: str) -> None:
+    """A table: drawn in a terminal, Markdown elsewhere."""
+    text = markdown(rows)
+    if not sys.stdout.isatty():
+        print(f"\n## {title}\n\n{text}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    drawn = Table(*lines[0], title=title)
+    for line in lines[2:]:
+        drawn.add_row(*line)
+    Console().print(drawn)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Tables and pictures of what was measured so far."""
+    records, ablation = (results.read(options.out / name) for name in ("results.jsonl", "ablation.jsonl"))
+    if options.table and records:
+        show(results.originals(records), "The original")
+        show(results.table(records), "Quality and size")
+    if options.table and ablation:
+        show(ablation, "What the initialisation brings, without training")
+    if options.plot and records:
+        options.plot.write_text(results.quality_picture(records), encoding="utf-8")
+        logs = {}
+        for record in records:
+            run = Run(**record["run"])
+            log = options.out / "runs" / identity(run, record["settings"]) / "log.jsonl"
+            if log.is_file() and run.seed == min(other["run"]["seed"] for other in records):
+                logs[f"{run.method} -{run.remove:.0%}"] = results.read(log)
+        if logs:
+            name = f"{options.plot.stem}-loss{options.plot.suffix}"
+            options.plot.with_name(name).write_text(results.loss_picture(logs), encoding="utf-8")
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add: Callable[..., Any] = parser.add_argument
+    add("--out", type=Path, required=True, help="directory of results")
+    add("--model", default="smollm2" if cuda else "mgm", help=f"{', '.join(subjects.NAMES)}; with --model-dir any name")
+    add("--model-dir", type=Path, help="a Hugging Face directory, with --tokens-file and --held-out, for no network")
+    add("--tokens-file", type=Path, help="tokens to train on, .npy")
+    add("--held-out", type=Path, help="tokens to be measured on, .npy")
+    add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    add("--remove", nargs="+", type=float, default=[0.12, 0.24], help="fractions of the parameters")
+    add("--seeds", nargs="+", type=int, default=[0])
+    add("--tokens", nargs="+", type=int, default=[2_000_000 if cuda else 100_000], help="to train on; several: all")
+    add("--device", default="cuda" if cuda else "cpu")
+    add("--dtype", default="bfloat16" if cuda else "float32", choices=("bfloat16", "float16", "float32"))
+    add("--minutes", type=float, help="begin no run that would end later")
+    add("--threads", type=int, help="of torch")
+    add("--keep-archives", action="store_true", help="leave the packed models in OUT/archives")
+    add("--ablate", action="store_true", help="measure parts of the initialisation instead, without training")
+    add("--table", action="store_true", help="print what was measured so far; nothing is run")
+    add("--plot", type=Path, help="draw it as SVG: quality over size, and beside it the losses; nothing is run")
+    of_delta = parser.add_argument_group("deltas")
+    add = of_delta.add_argument
+    add("--layout", default="alternating", help="or sequential:K, or LAYER:ANCHOR,...")
+    add("--parts", default="mlp", choices=("mlp", "attention", "both"), help="also of svd and asvd")
+    add("--keep", nargs=2, type=int, default=[2, 2], help="blocks at either end left alone")
+    add("--delta-layers", type=int, help="how many layers become deltas")
+    add("--importance", action="store_true", help="choose them by their influence")
+    add("--initial", default="full", choices=INITIAL)
+    training = parser.add_argument_group("training and measuring")
+    add = training.add_argument
+    add("--batch", type=int, default=16 if cuda else 8)
+    add("--length", type=int, default=512 if cuda else 128)
+    add("--accumulate", type=int, default=1)
+    add("--rate", type=float, default=5e-4)
+    add("--distil", type=float, default=1.0, help="weight of the distillation")
+    add("--cross-entropy", type=float, default=1.0, help="weight of the cross-entropy")
+    add("--temperature", type=float, default=1.0)
+    add("--replace-until", type=float, default=0.5, help="fraction of the steps after which all deltas stand in")
+    add("--replace-from", type=float, default=0.25, help="probability of a delta at the beginning")
+    add("--norms", action="store_true", help="train norms, too")
+    add("--lora", type=int, help="rank of LoRAs on what is neither delta nor anchor; drop and merge always have some")
+    add("--compiled", action="store_true", help="compile the loss")
+    add("--trainable", type=int, help="numbers in the LoRA of drop and merge; as many as delta trains if not given")
+    add("--checkpoint-every", type=int, help="steps; only with checkpoints a run can go on in another call")
+    add("--evaluate", type=int, default=None if cuda else 8192, help="tokens of the held-out text; all if not given")
+    add("--calibrate", type=int, default=65_536 if cuda else 16_384, help="tokens for influences and second moments")
+    options = parser.parse_args(arguments)
+    if options.model_dir and not (options.tokens_file and options.held_out):
+        parser.error("--model-dir needs --tokens-file and --held-out")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parsed(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.table or options.plot:
+        report(options)
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    experiment = Experiment(options, options.out)
+    if options.ablate:
+        for remove in options.remove:
+            for row in experiment.ablation(remove):
+                say(json.dumps(row))
+                append(options.out / "ablation.jsonl", row)
+    else:
+        make_all(experiment, options)
+
+
+if __name__ == "__main__":
+    main()
