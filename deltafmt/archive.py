@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import operator
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from types import EllipsisType, TracebackType
 from typing import Any, Literal, TypeAlias
 
@@ -11,22 +14,19 @@ import numpy as np
 
 from .dtypes import Bits, Dtype, Shape
 from .errors import MissingExtraError, UsageError
+from .gemm import one_thread_each
 from .limits import DEFAULT_LIMITS, Limits, check_count
+from .operators.base import Rectangle
 from .pipeline import Pool
 from .reader import Archive
-from .rebuild import Rebuilder, read_in_pieces
+from .rebuild import Rebuilder, read_in_pieces, read_rectangle_in_pieces
 from .sources import Bases, PathLike, open_archive
 
 Framework: TypeAlias = Literal["np", "numpy", "pt", "torch"]
 _Index: TypeAlias = int | slice | EllipsisType
 
-_TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool",
-    "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E8M0": "float8_e8m0fnu", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
-}  # fmt: skip
+_LITTLE = 1 << 18
+"""Elements that are not worth a change of settings: it takes a millisecond."""
 
 
 def open(
@@ -86,26 +86,43 @@ class OpenArchive:
 
     def get_tensor(self, name: str) -> Any:
         """A whole tensor, rebuilt: its original dtype and shape. Raises `UsageError` for an unknown name."""
-        rebuilder = self._archive.rebuilder(name)
-        info = self._archive.tensors[name]
-        bits = np.empty(info.count, info.dtype.bits)
-        read_in_pieces(rebuilder, 0, bits.size, bits, self._pool)
-        return self._shown(bits, info.dtype, info.shape)
+        return self.get_slice(name)[...]
 
     def get_slice(self, name: str) -> TensorSlice:
         """A lazy view of a tensor: `get_shape`, `get_dtype`, and indexing that decodes only the chunks it needs."""
-        return TensorSlice(self._archive.rebuilder(name), self._shown, self._pool)
+        return TensorSlice(self, self._archive.rebuilder(name))
 
     def tensor_bytes(self, name: str) -> bytes:
         """The bytes of a tensor as a safetensors file holds them."""
         return self._archive.read_whole(name).tobytes()
 
+    def computing(self) -> AbstractContextManager[None]:
+        """To be entered by whoever reads in several threads: if tensors are computed, numpy's BLAS has one thread for
+        each of those meanwhile, in all of the process."""
+        return one_thread_each() if self._computes else nullcontext()
+
+    @cached_property
+    def _computes(self) -> bool:
+        return self._archive.computes
+
+    def _read(self, rebuilder: Rebuilder, part: Rectangle) -> Bits:
+        """A part of a tensor taken as a matrix, `[rows, columns]`."""
+        row = rebuilder.target.row
+        out = np.empty(part.shape, rebuilder.dtype.bits)
+        with self.computing() if out.size > _LITTLE else nullcontext():
+            if part.columns == row:
+                read_in_pieces(rebuilder, part.top * row, part.bottom * row, out.reshape(-1), self._pool)
+            else:
+                read_rectangle_in_pieces(rebuilder, part, out, self._pool)
+        return out
+
     def _shown(self, bits: Bits, dtype: Dtype, shape: Shape) -> Any:
+        """`[m]` as an array or tensor."""
         if not self._torch:
             return bits.view(dtype.values).reshape(shape)
         import torch
 
-        return torch.from_numpy(bits.view(np.uint8)).view(getattr(torch, _TORCH_NAMES[dtype.name])).reshape(shape)
+        return torch.from_numpy(bits.view(np.uint8)).view(getattr(torch, dtype.values.name)).reshape(shape)
 
     def close(self) -> None:
         """Close the archive's files and its bases. Reading afterwards raises `UsageError`."""
@@ -124,8 +141,8 @@ class OpenArchive:
 class TensorSlice:
     """A tensor that is read where it is indexed, as safetensors' `PySafeSlice`."""
 
-    def __init__(self, rebuilder: Rebuilder, shown: Any, pool: Pool) -> None:
-        self._rebuilder, self._shown, self._pool = rebuilder, shown, pool
+    def __init__(self, archive: OpenArchive, rebuilder: Rebuilder) -> None:
+        self._archive, self._rebuilder = archive, rebuilder
 
     def get_shape(self) -> list[int]:
         return list(self._rebuilder.target.shape)
@@ -135,31 +152,30 @@ class TensorSlice:
         return self._rebuilder.dtype.name
 
     def __getitem__(self, index: _Index | tuple[_Index, ...]) -> Any:
-        """Basic indexing (integers, slices, `...`); the rows that the first axis asks for are decoded, no others."""
+        """Basic indexing (integers, slices, `...`). The rows that the first axis asks for are decoded, no others, and
+        of a low-rank product the columns that the second one asks for are computed; only the result is kept."""
         shape = self._rebuilder.target.shape
-        first, *rest = _expanded(index, len(shape)) or [slice(None)]
-        if not shape:
-            return self._read(0, 1, ())
-        size = shape[0]
-        if isinstance(first, slice):
-            start, stop, step = first.indices(size)
-            rows = range(start, stop, step)
-            lo, hi = (min(rows), max(rows) + 1) if rows else (0, 0)
-            within: Any = slice(None) if step == 1 else [row - lo for row in rows]
-        else:
-            row = operator.index(first)
-            if not -size <= row < size:
-                raise IndexError(f"index {row} is out of bounds for axis 0 with size {size}")
-            lo = row % size
-            hi, within = lo + 1, 0
-        return self._read(lo, hi, shape[1:])[(within, *rest)]
+        parts = _expanded(index, len(shape))
+        runs = [_run(part, axis, shape[axis]) for axis, part in enumerate(parts)]
+        runs += [(0, size, slice(None)) for size in shape[len(parts) :]]
+        (top, bottom, _), (left, right, _) = (*runs, *[(0, 1, 0)] * 2)[:2]
+        within = [place for _, _, place in runs[:2]] + parts[2:]
+        inner = math.prod(shape[2:])  # elements of one column: of further axes all is read
+        bits = self._archive._read(self._rebuilder, Rectangle(top, bottom, left * inner, right * inner))
+        found = bits.reshape([end - begin for begin, end, _ in runs[:2]] + list(shape[2:]))[tuple(within)]
+        return self._archive._shown(np.ascontiguousarray(found).reshape(-1), self._rebuilder.dtype, found.shape)
 
-    def _read(self, lo: int, hi: int, row_shape: Shape) -> Any:
-        row = int(np.prod(row_shape, dtype=object))
-        bits = np.empty((hi - lo) * row, self._rebuilder.dtype.bits)
-        read_in_pieces(self._rebuilder, lo * row, hi * row, bits, self._pool)
-        shape = (hi - lo, *row_shape) if self._rebuilder.target.shape else ()
-        return self._shown(bits, self._rebuilder.dtype, shape)
+
+def _run(part: int | slice, axis: int, size: int) -> tuple[int, int, int | slice]:
+    """Where that which is asked of an axis begins and ends, and which part of that it is."""
+    if isinstance(part, slice):
+        start, stop, step = part.indices(size)
+        asked = range(start, stop, step)
+        return (min(asked), max(asked) + 1, slice(None, None, step)) if asked else (0, 0, slice(None))
+    place = operator.index(part)
+    if not -size <= place < size:
+        raise IndexError(f"index {place} is out of bounds for axis {axis} with size {size}")
+    return place % size, place % size + 1, 0
 
 
 def _expanded(index: _Index | tuple[_Index, ...], dimensions: int) -> list[int | slice]:

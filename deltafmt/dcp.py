@@ -1,10 +1,14 @@
-"""`torch.distributed.checkpoint` reads archives: each rank rebuilds the rows that its shards lie in, and no others.
+"""`torch.distributed.checkpoint` reads archives: each rank rebuilds the part of every tensor that its shards lie in.
 
     from deltafmt.dcp import DeltafmtReader
     torch.distributed.checkpoint.load(model.state_dict(), storage_reader=DeltafmtReader("model.dfmt", base="base"))
 
 The reader tells the planner of every tensor whole; which block of it a rank wants (any placement of a `DTensor`, any
 mesh, or plain tensors) is the planner's affair. Loading needs no room beyond the destination but a few MiB.
+
+Split by rows (`Shard(0)`), a rank reads and rebuilds its rows and no others. Split by columns (`Shard(1)`), it computes
+its columns of a low-rank product and of what that is added to; stored and base tensors are decoded in whole rows, as
+their chunks hold them, and lossless patches are made in whole rows.
 
 A tensor that a model has under two names (tied weights) and the checkpoint under one is in the archive under one, too:
 leave the other out of the state dict, or pass `DefaultLoadPlanner(allow_partial_load=True)`.
@@ -19,14 +23,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .archive import OpenArchive, TensorSlice
-from .archive import open as open_archive
-from .dtypes import DTYPES
+from .checkpoint import TensorInfo
 from .errors import MissingExtraError
 from .gemm import one_thread_each
-from .limits import DEFAULT_LIMITS, Limits
-from .reader import is_archive
-from .sources import Bases, PathLike
+from .limits import DEFAULT_LIMITS, Limits, check_count
+from .operators.base import Rectangle
+from .pipeline import Pool
+from .reader import Archive, is_archive
+from .rebuild import read_rectangle_in_pieces
+from .sources import Bases, PathLike, open_archive
 from .torch.tensors import torch_dtype
 
 try:
@@ -53,10 +58,7 @@ class DeltafmtReader(StorageReader):
         path: the archive's directory, or a Hub id.
         base, jobs, limits: as of `deltafmt.open`.
 
-    Attributes:
-        elements_loaded: elements put into state dicts so far, by this rank.
-        elements_built: elements rebuilt for that. As many where tensors are split by rows (`Shard(0)`) or not at all;
-            rows are rebuilt whole, so where columns are split, those of the other ranks are in it.
+    A base tensor is read whole once, for its digest, before any part of it is used.
 
     Raises:
         DeltafmtError: as `deltafmt.open`; while loading, torch wraps what a rank raises into `CheckpointException`.
@@ -70,21 +72,23 @@ class DeltafmtReader(StorageReader):
         jobs: int | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        self._options: dict[str, Any] = {"base": base, "jobs": jobs, "limits": limits}
-        self._path = path
-        self._archive = self._opened()
-        self.elements_loaded = 0
-        self.elements_built = 0
+        check_count("jobs", jobs, 1)
+        self._base, self._limits = base, limits
+        self._path, self._archive = path, self._opened(path)
+        self._pool = Pool(jobs)
 
-    def _opened(self) -> OpenArchive:
-        return open_archive(self._path, framework="pt", **self._options)
+    def _opened(self, path: PathLike) -> Archive:
+        return open_archive(path, self._base, limits=self._limits)
 
     def reset(self, checkpoint_id: PathLike | None = None) -> None:
-        """Called before each load; with `load(..., checkpoint_id=path)` another archive of the same bases is read."""
+        """Called before each load; with `load(..., checkpoint_id=path)` another archive of the same bases is read.
+
+        If that cannot be opened, the reader stays with the archive that it has.
+        """
         if checkpoint_id is not None and os.fspath(checkpoint_id) != os.fspath(self._path):
+            other = self._opened(checkpoint_id)
             self._archive.close()
-            self._path = checkpoint_id
-            self._archive = self._opened()
+            self._path, self._archive = checkpoint_id, other
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: PathLike) -> bool:
@@ -93,7 +97,8 @@ class DeltafmtReader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Every tensor, whole. Reads no tensor bytes."""
-        return Metadata({name: _described(self._archive.get_slice(name)) for name in self._archive.keys()})  # noqa: SIM118
+        self._archive._check_open()
+        return Metadata({name: _described(info) for name, info in self._archive.tensors.items()})
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
@@ -105,7 +110,7 @@ class DeltafmtReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        with one_thread_each() if self._archive._archive.computes else nullcontext():
+        with one_thread_each() if self._archive.computes else nullcontext():
             for item in plan.items:
                 tensor = planner.resolve_tensor(item).detach()
                 self._fill(tensor, item)
@@ -116,27 +121,29 @@ class DeltafmtReader(StorageReader):
 
     def _fill(self, tensor: torch.Tensor, item: ReadItem) -> None:
         """Put the block of a stored tensor that an item names into `tensor`, which has the shape of the block."""
-        stored = self._archive.get_slice(item.storage_index.fqn)
-        shape = stored.get_shape()
-        if not shape:
-            tensor.copy_(stored[...])
-            self._count(1, 1)
+        rebuilder = self._archive.rebuilder(item.storage_index.fqn)
+        dtype, shape = rebuilder.dtype, rebuilder.target.shape
+        if tensor.numel() == 0:
             return
-        offsets, lengths = list(item.storage_offsets), list(item.lengths)
-        row = math.prod(shape[1:])
-        within = tuple(slice(at, at + length) for at, length in zip(offsets[1:], lengths[1:], strict=True))
-        step = max(_BLOCK_ELEMENTS // max(row, 1), 1)
-        for begin in range(0, lengths[0], step):
-            end = min(begin + step, lengths[0])
-            tensor[begin:end].copy_(stored[(slice(offsets[0] + begin, offsets[0] + end), *within)])
-            self._count(math.prod((end - begin, *lengths[1:])), (end - begin) * row)
-
-    def _count(self, loaded: int, built: int) -> None:
-        self.elements_loaded += loaded
-        self.elements_built += built
+        into = tensor if shape else tensor.view(1)
+        missing = 2 - len(shape)  # dimensions
+        top, left, *further = (*item.storage_offsets, *[0] * missing)
+        rows, columns, *lengths = (*item.lengths, *[1] * missing)
+        deeper: list[Any] = [slice(at, at + length) for at, length in zip(further, lengths, strict=True)]
+        inner = math.prod(shape[2:])  # elements of one column: further dimensions are read whole
+        step = max(rebuilder.rows_in(_BLOCK_ELEMENTS), 1)
+        for begin in range(top, top + rows, step):
+            end = min(begin + step, top + rows)
+            part = Rectangle(begin, end, left * inner, (left + columns) * inner)
+            block = torch.empty(part.shape, dtype=torch_dtype(dtype))
+            bits = block.view(torch.uint8).numpy().view(dtype.bits)
+            read_rectangle_in_pieces(rebuilder, part, bits, self._pool)
+            place = into[begin - top : end - top]
+            place.copy_(block.view(end - begin, columns, *shape[2:])[(..., *deeper)].reshape(place.shape))
 
     def close(self) -> None:
         """Close the archive and its bases."""
+        self._pool.close()
         self._archive.close()
 
     def __enter__(self) -> DeltafmtReader:
@@ -148,7 +155,7 @@ class DeltafmtReader(StorageReader):
         self.close()
 
 
-def _described(stored: TensorSlice) -> TensorStorageMetadata:
-    size = torch.Size(stored.get_shape())
-    properties = TensorProperties(dtype=torch_dtype(DTYPES[stored.get_dtype()]))
+def _described(stored: TensorInfo) -> TensorStorageMetadata:
+    size = torch.Size(stored.shape)
+    properties = TensorProperties(dtype=torch_dtype(stored.dtype))
     return TensorStorageMetadata(properties, size, [ChunkStorageMetadata(torch.Size([0] * len(size)), size)])

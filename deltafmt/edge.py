@@ -89,7 +89,7 @@ class EdgeArchive:
         self._factors = _factors(archive.manifest)
         self.rank = self._fitting(max_bytes, rank) if max_bytes is not None else rank
         self.bytes_to_read = self._bytes_of(self.rank)
-        archive.scope = _PrefixScope(archive.manifest, self._factors, self.rank)
+        archive.scope = PrefixScope(archive.manifest, self._factors, self.rank)
 
     def keys(self) -> list[str]:
         """Names of all tensors, in the order of the manifest."""
@@ -204,7 +204,7 @@ class EdgeArchive:
         self.close()
 
 
-class _PrefixScope(ManifestScope):
+class PrefixScope(ManifestScope):
     """The names of a manifest, where factors have their first components only: all that a reader then asks for."""
 
     def __init__(self, manifest: Manifest, factors: frozenset[str], rank: int | None) -> None:

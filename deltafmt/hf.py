@@ -22,7 +22,7 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from .digests import digest
 from .dtypes import DTYPES
 from .durable import Staging
 from .errors import AccessError, DeltafmtError, MalformedError, MissingExtraError, UsageError
-from .gemm import one_thread_each
 from .manifest import Sidecar
 from .names import MANIFEST
 from .reader import is_archive, read_manifest
@@ -205,10 +204,7 @@ def _load(original: Any, folder: Path, name: str, args: tuple[Any, ...], kwargs:
     base: Bases | None = kwargs.pop("base", None)
     if kwargs.get("config") is None:
         kwargs["config"] = str(folder)
-    with ExitStack() as stack:
-        archive = stack.enter_context(open_archive(folder, base, framework="pt"))
-        if archive._archive.computes:
-            stack.enter_context(one_thread_each())
+    with open_archive(folder, base, framework="pt") as archive, archive.computing():
         weights = {tensor: _Weight(archive.get_slice(tensor), Cast()) for tensor in archive.keys()}  # noqa: SIM118
         loaded = original(None, *args, state_dict=weights, **kwargs)
     model = loaded[0] if kwargs.get("output_loading_info") else loaded

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from .archive import open as open_archive
 from .reader import is_archive
+from .torch.stream import stream
 
 if TYPE_CHECKING:
     import torch
@@ -42,11 +42,5 @@ def around(
     path = Path(source.model_or_path)
     if not is_archive(path):
         return original(loader, source, **options)
-    return _weights(path, source.prefix)
-
-
-def _weights(path: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
     base = [place for place in os.environ.get(BASE, "").split(os.pathsep) if place]
-    with open_archive(path, base, framework="pt") as archive:
-        for name in archive.keys():  # noqa: SIM118
-            yield prefix + name, archive.get_tensor(name)
+    return stream(path, base, source.prefix)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +21,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from .archive import open as open_archive
 from .errors import UsageError
+from .names import escaped
 from .sources import each_base, local_path
+from .torch.stream import stream
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -56,8 +57,16 @@ class ArchiveLoader(BaseModelLoader):  # type: ignore[misc] # vLLM has no types 
                 local_path(source)
 
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
-        """Fill a model that exists. Raises what `deltafmt.open` raises, and `IntegrityError` for damaged tensors."""
-        model.load_weights(weights(_source(model_config), self._base))
+        """Fill a model that exists.
+
+        Raises:
+            DeltafmtError: what `deltafmt.open` raises, and `IntegrityError` for damaged tensors.
+            UsageError: the archive lacks weights of the model.
+        """
+        source = _source(model_config)
+        loaded = model.load_weights(stream(source, self._base))
+        if loaded is not None and model_config.quantization in (None, NAME):  # some models do not tell
+            _check_complete(model, loaded, source)
 
 
 class PassThrough(QuantizationConfig):  # type: ignore[misc]
@@ -86,11 +95,24 @@ class PassThrough(QuantizationConfig):  # type: ignore[misc]
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
 
-def weights(path: str, base: Any = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and value of every tensor of an archive, in the order of its files."""
-    with open_archive(path, base, framework="pt") as archive:
-        for name in archive.keys():  # noqa: SIM118
-            yield name, archive.get_tensor(name)
+def _check_complete(model: torch.nn.Module, loaded: Set[str], source: str) -> None:
+    """Raise `UsageError` if parameters were not filled: vLLM makes them of memory as it comes.
+
+    vLLM's default loader has the same check, but lets all layers off that have a `quant_method`, as every linear layer
+    has; here those are let off that add parameters of their own to what a checkpoint holds (scales of a KV cache).
+    """
+    known = set(loaded)
+    for path, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None and not type(method).__name__.startswith("Unquantized"):
+            known.update(f"{path}.{name}" for name, _ in module.named_parameters())
+    missing = [name for name, _ in model.named_parameters() if name not in known]
+    if missing:
+        raise UsageError(
+            f"{len(missing)} weights of the model are not in the archive, the first is '{escaped(missing[0])}'",
+            where=source,
+            hint="Pack a checkpoint that has all weights of the model that its config.json names",
+        )
 
 
 def _source(model_config: ModelConfig) -> str:

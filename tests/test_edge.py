@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -317,3 +318,47 @@ print(*sorted(loaded - set(sys.stdlib_module_names) - set(missing)))
     assert done.returncode == 0, done.stderr
     allowed = {"deltafmt", "ml_dtypes", "numpy", "threadpoolctl", "xxhash", "zstandard"}
     assert {name for name in done.stdout.split() if not name.startswith("_")} <= allowed
+
+
+@pytest.mark.slow
+def test_an_environment_without_torch(room: Path, tmp_path: Path, record_property: Any) -> None:
+    """The package as pip installs it, with what it depends on and nothing else; its size is recorded and printed."""
+    here, source = Path(__file__).parents[1], tmp_path / "source"
+    built = shutil.ignore_patterns("__pycache__", "libkernels*")
+    shutil.copytree(here / "deltafmt", source / "deltafmt", ignore=built)  # building it here would swap the kernels
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
+        shutil.copy(here / name, source / name)
+    python = tmp_path / "environment/bin/python"
+    _run(sys.executable, "-m", "venv", tmp_path / "environment")
+    _run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", source)
+    program = f"""
+import importlib.util, json, sysconfig
+from deltafmt import edge
+for name in ("torch", "transformers", "peft", "gguf", "huggingface_hub"):
+    assert importlib.util.find_spec(name) is None, name
+sums = {{}}
+with edge.open({str(room / "packed")!r}, {str(room / "base")!r}, rank=2) as small:
+    for name in small.keys():
+        kind = "float32" if small.dtype(name) == "BF16" else "native"
+        sums[name] = float(small.get(name, kind).sum(dtype="float64"))
+print(json.dumps([sysconfig.get_path("purelib"), sums]))
+"""
+    site, sums = json.loads(_run(python, "-I", "-c", program))
+    assert tmp_path in Path(site).parents
+    with edge.open(room / "packed", room / "base", rank=2) as small:
+        assert sums.keys() == set(small.keys())
+        for name, found in sums.items():
+            kind: Any = "float32" if small.dtype(name) == "BF16" else "native"
+            assert found == pytest.approx(float(small.get(name, kind).sum(dtype="float64")), rel=1e-6, abs=1e-3)
+    packages = [path for path in Path(site).iterdir() if not path.name.startswith("pip")]
+    for what, parts in (("deltafmt", [path for path in packages if "deltafmt" in path.name]), ("everything", packages)):
+        size = sum(file.stat().st_size for part in parts for file in [part, *part.rglob("*")] if file.is_file())
+        assert size > 0
+        record_property(f"installed bytes, {what}", size)
+        print(f"installed, {what}: {size / 1e6:.2f} MB")
+
+
+def _run(*command: str | Path) -> str:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

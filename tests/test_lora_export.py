@@ -240,6 +240,30 @@ def test_gguf_of_other_architectures_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.parametrize("number", [None, "2", 0])
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_attention_heads"])
+def test_gguf_of_an_incomplete_config_is_refused(tmp_path: Path, key: str, number: Any) -> None:
+    base = llama(tmp_path / "base", torch.float32)
+    tuned = merges.merged_lora(base, tmp_path / "tuned", rank=4, ulps=5000)
+    config = json.loads((tuned / "config.json").read_text())
+    (tuned / "config.json").write_text(json.dumps({**config, key: number}))
+    deltafmt.pack(tuned, tmp_path / "packed", base=base)
+    with pytest.raises(UnsupportedError, match=key):
+        export_lora(tmp_path / "packed", tmp_path / "adapter", base=base, format="gguf")
+    assert not (tmp_path / "adapter").exists()
+    assert export_lora(tmp_path / "packed", tmp_path / "adapter", base=base).rank == 8
+
+
+def test_a_base_that_was_of_no_use_is_no_base(tmp_path: Path) -> None:
+    base = llama(tmp_path / "base", torch.float32)
+    arrays = {name: np.full_like(array, 3) for name, array in load_file(base / "model.safetensors").items()}
+    (tmp_path / "other").mkdir()
+    save_file(arrays, tmp_path / "other/model.safetensors")
+    deltafmt.pack(tmp_path / "other", tmp_path / "packed", base=base)
+    with pytest.raises(UsageError, match="nothing in the one given was of any use"):
+        export_lora(tmp_path / "packed", tmp_path / "adapter", base=base, rank=8)
+
+
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     base = llama(tmp_path / "base", torch.float32)
     tuned = merges.fine_tuned(base, tmp_path / "tuned")
@@ -261,8 +285,12 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         export_lora(tmp_path / "packed", out, base=tuned, rank=8)
     with pytest.raises(WrongBaseError):
         export_lora(tmp_path / "packed", out, rank=8)
-    with pytest.raises(RefusedError, match="norm"):
-        export_lora(tmp_path / "packed", out, base=base, rank=8, strict=True)
+    worked: list[str] = []
+    with pytest.raises(RefusedError, match=r"5 of 21 changed tensors .*norm"):
+        export_lora(
+            tmp_path / "packed", out, base=base, rank=8, strict=True, progress=lambda done, total, at: worked.append(at)
+        )
+    assert not worked  # known from the manifest alone
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "base", "packed", "same", "tuned"]
 
     export_lora(tmp_path / "packed", out, base=base, rank=8)
@@ -279,6 +307,8 @@ def test_a_change_that_is_not_finite_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "tuned").mkdir()
     save_file(arrays, tmp_path / "tuned/model.safetensors")
     deltafmt.pack(tmp_path / "tuned", tmp_path / "packed", base=base)
+    with pytest.raises(RefusedError, match=r"1 of 2 changed tensors .*not finite"):
+        export_lora(tmp_path / "packed", tmp_path / "adapter", base=base, rank=8, strict=True)
     report = export_lora(tmp_path / "packed", tmp_path / "adapter", base=base, rank=8)
     assert report.left_out == {"model.layers.0.mlp.up_proj.weight": "its change is not finite"}
     assert report.tensors["model.layers.1.mlp.up_proj.weight"].rel_error == pytest.approx(0, abs=1e-6)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import json
+import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import deltafmt
 import merges
-from deltafmt.errors import UsageError
-from deltafmt.torch import BaseCache, MultiTenant, load_model, merge, swap
+from deltafmt.errors import IntegrityError, UsageError
+from deltafmt.operators import Ref
+from deltafmt.torch import BaseCache, MultiTenant, load_model, load_state_dict, merge, swap
 from deltafmt.torch.fused import deltas
+from deltafmt.torch.tensors import room_for
+from torch_memory import resident
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -66,12 +72,6 @@ def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(IDS).logits
     return found
-
-
-def resident(*models: nn.Module) -> int:
-    """Bytes of the memory that models hold, each storage once."""
-    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
-    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -231,6 +231,62 @@ def test_a_prefix_is_what_the_first_components_give(tmp_path: Path) -> None:
     assert all(each.requires_grad for each in dense.parameters())
 
 
+@pytest.mark.parametrize("method", ["lowrank", "auto"])
+def test_rank_holds_for_every_weight_of_a_dense_model(method: Any, tmp_path: Path) -> None:
+    """Also where names are those of another time, of which no layer could be fused, and in every mode."""
+    torch.manual_seed(4)
+    base = saved(bert(), tmp_path / "base", torch.bfloat16)
+    old = {
+        name.replace("Norm.weight", "Norm.gamma"): each for name, each in load_file(base / "model.safetensors").items()
+    }
+    save_file(old, base / "model.safetensors", metadata={"format": "pt"})
+    tuned = merges.merged_lora(base, tmp_path / "tuned", rank=3, ulps=40)
+    options: dict[str, Any] = {"rank": 3} if method == "lowrank" else {}
+    deltafmt.pack(tuned, tmp_path / "packed", base=base, method=method, **options)
+    before, after = (load_file(each / "model.safetensors") for each in (base, tuned))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert len(changed) == 13
+    whole = state(load_model(tmp_path / "packed", base=base))
+    for mode in ("full", "fused"):
+        for rank in (0, 1, 3):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*loaded dense")
+                found = state(load_model(tmp_path / "packed", mode, base=base, rank=rank))
+            for name in before:
+                name_now = name.replace("gamma", "weight")
+                if name not in changed or rank == 3:
+                    assert torch.equal(found[name_now], whole[name_now]), (mode, rank, name)
+                    continue
+                delta = after[name].double() - before[name].double()
+                u, s, v = torch.linalg.svd(delta)
+                expected = before[name].double() + (u[:, :rank] * s[:rank]) @ v[:rank]
+                off = torch.linalg.norm(found[name_now].double() - expected) / torch.linalg.norm(delta)
+                assert off <= (0.05 if rank else 0), (mode, rank, name)  # sums are rounded to bfloat16
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return model.state_dict()
+
+
+def test_a_dense_model_of_a_prefix_shares_no_parameters(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    base = saved(llama(), tmp_path / "base")
+    tuned = merges.merged_lora(base, tmp_path / "tuned", rank=3, ulps=1e5)
+    weights = load_file(tuned / "model.safetensors")
+    one, other = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (1, 2))
+    weights[other] = weights[one].clone()
+    save_file(weights, tuned / "model.safetensors", metadata={"format": "pt"})
+    deltafmt.pack(tuned, tmp_path / "packed", base=base)
+    with deltafmt.open(tmp_path / "packed", base) as archive:
+        assert archive._archive.manifest.tensors[other].recipe == Ref(one)  # stored once
+    dense = load_model(tmp_path / "packed", base=base, rank=1)
+    first, second = (dense.get_parameter(name) for name in (one, other))
+    assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
+    assert torch.linalg.matrix_rank(first.detach() - weight_of(base, one), tol=1e-3) == 1
+    dense.save_pretrained(tmp_path / "saved")
+    assert all(each.requires_grad for each in dense.parameters())
+
+
 def weight_of(checkpoint: Path, name: str) -> torch.Tensor:
     return load_file(checkpoint / "model.safetensors")[name]
 
@@ -272,3 +328,136 @@ def test_the_dense_model_of_a_prefix_fits_too(tmp_path: Path, lowrank: tuple[Pat
     size = resident(load_model(archive, "full", base=base))
     with pytest.raises(UsageError, match="max_bytes"):
         load_model(archive, "full", base=base, rank=2, max_bytes=size // 2)
+
+
+# Half precision
+
+
+def t5() -> Any:
+    config = transformers.T5Config(
+        vocab_size=128, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("mode", ["full", "fused", "lazy"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_a_model_keeps_in_float32_stays_so(mode: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    """T5 does with `wo`, if the rest is float16."""
+    torch.manual_seed(6)
+    base = saved(t5(), tmp_path / "base")
+    tuned = merges.merged_lora(base, tmp_path / "tuned", rank=4, ulps=1e5)
+    deltafmt.pack(tuned, tmp_path / "packed", base=base, method="lowrank", rank=4)
+    deltafmt.unpack(tmp_path / "packed", tmp_path / "plain", base=base)
+    plain = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "plain", dtype=dtype)
+    wide = {name for name, each in plain.named_parameters() if each.dtype == torch.float32}
+    assert len(wide) == (2 if dtype == torch.float16 else 0)
+    model = load_model(tmp_path / "packed", mode, base=base, dtype=dtype)
+    with torch.no_grad():
+        found, expected = (each(input_ids=IDS, decoder_input_ids=IDS).logits for each in (model, plain))
+    if mode == "fused":
+        torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
+        assert len(deltas(model)) > 6
+        for name, layer in deltas(model).items():
+            assert layer.base is not None
+            assert layer.base.dtype == plain.get_submodule(name).weight.dtype
+        return
+    assert torch.equal(found, expected)
+    for name, parameter in plain.named_parameters():
+        assert model.get_parameter(name).dtype == parameter.dtype
+        assert mode == "lazy" or torch.equal(model.get_parameter(name), parameter)
+
+
+# Swapping
+
+
+def test_swap_takes_over_the_name_and_the_settings_of_generation(tmp_path: Path) -> None:
+    base = saved(llama(), tmp_path / "base")
+    for name, tokens in (("one", 3), ("other", 5)):
+        tuned = merges.merged_lora(base, tmp_path / f"{name}-model", rank=4, ulps=1e5, seed=tokens)
+        (tuned / "generation_config.json").write_text(json.dumps({"max_new_tokens": tokens}))
+        deltafmt.pack(tuned, tmp_path / name, base=base, method="lowrank", rank=4)
+    model = load_model(tmp_path / "one", "fused", base=base)
+    swap(model, tmp_path / "other")
+    assert model.generation_config.max_new_tokens == 5
+    assert model.name_or_path == model.config._name_or_path == str(tmp_path / "other")
+    assert model.generate(IDS[:1], do_sample=False, pad_token_id=0, eos_token_id=None).shape[1] == IDS.shape[1] + 5
+
+
+# Lazy models
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """A tiny CLIP, packed: the model itself has a parameter, beside those of its modules."""
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={**small, "vocab_size": 128, "max_position_embeddings": 16, "eos_token_id": 2},
+        vision_config={**small, "image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
+    deltafmt.pack(saved(transformers.CLIPModel(config), tmp_path / "clip"), tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+def test_a_lazy_model_is_collected_and_its_archive_closed(clip: Path) -> None:
+    model = load_model(clip, "lazy")
+    assert "logit_scale" in model._parameters
+    with torch.no_grad():
+        model(input_ids=IDS, pixel_values=torch.zeros(2, 3, 16, 16))
+    gone = weakref.ref(model)
+    opened = weakref.ref(opened_by(model))
+    del model
+    gc.collect()
+    assert gone() is None and opened() is None
+
+
+def opened_by(model: nn.Module) -> Any:
+    """The archive that the hooks of a lazy model read."""
+    hook: Any = next(iter(model._forward_pre_hooks.values()))
+    return next(each.cell_contents for each in hook.__closure__ if type(each.cell_contents).__name__ == "LazyWeights")
+
+
+def test_copies_and_parts_of_a_lazy_model_outlive_it(tmp_path: Path) -> None:
+    model = llama()
+    deltafmt.pack(saved(model, tmp_path / "model"), tmp_path / "packed")
+    expected = logits(model.eval())
+    lazy = load_model(tmp_path / "packed", "lazy")
+    again, part = copy.deepcopy(lazy), lazy.model
+    del lazy
+    gc.collect()
+    assert torch.equal(logits(again), expected)
+    with torch.no_grad():
+        assert torch.equal(part(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+
+# What is not as it should be
+
+
+@pytest.mark.parametrize("single_file", [False, True])
+def test_a_damaged_configuration_is_not_used(single_file: bool, tmp_path: Path) -> None:
+    packed = tmp_path / "packed.safetensors"
+    deltafmt.pack(saved(llama(), tmp_path / "model"), packed, single_file=single_file)
+    file = packed if single_file else packed / "config.json"
+    data = file.read_bytes()
+    assert data.count(b'"rms_norm_eps": 1e-06') == 1
+    file.write_bytes(data.replace(b'"rms_norm_eps": 1e-06', b'"rms_norm_eps": 1e-01'))
+    for mode in ("full", "fused", "lazy"):
+        with pytest.raises(IntegrityError, match=r"config\.json.*digest") as caught:
+            load_model(packed, mode)
+        assert caught.value.reason == "digest"
+
+
+def test_devices_that_cannot_be_used(tmp_path: Path) -> None:
+    deltafmt.pack(saved(llama(), tmp_path / "model"), tmp_path / "packed")
+    absent: list[Any] = ["foo", f"cuda:{torch.cuda.device_count()}", [1], 10**6]
+    for device in absent:
+        for load in (load_model, load_state_dict):
+            with pytest.raises(UsageError, match="cannot be used"):
+                load(tmp_path / "packed", device=device)
+
+
+def test_a_device_without_room_is_told_with_numbers() -> None:
+    with pytest.raises(UsageError, match=r"no room.*'cpu'") as caught, room_for(1234, torch.device("cpu"), "Take less"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert "1234" in str(caught.value.expected) and caught.value.hint == "Take less"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -16,7 +18,8 @@ from torch import nn
 import deltafmt
 import synthetic
 from deltafmt.errors import UsageError, WrongBaseError
-from deltafmt.torch import load_model
+from deltafmt.operators import Lowrank, Ref, Sum
+from deltafmt.torch import load_model, merge
 from deltafmt.torch.fused import deltas
 
 transformers.utils.logging.disable_progress_bar()
@@ -46,6 +49,29 @@ def layered(minilm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return root / "packed", root / "plain"
 
 
+def sums(packed: Path, rank: int = 16) -> dict[str, torch.Tensor]:
+    """The weights that are stored as a sum, in float32, as no dtype of the model rounds them: anchor + scale b^T a, of
+    the first `rank` components."""
+    found = {}
+    with deltafmt.open(packed, framework="pt") as archive:
+        manifest = archive._archive.manifest
+
+        def factor(node: Any) -> torch.Tensor:
+            array = manifest.arrays[node.array]
+            bits = np.empty(math.prod(array.shape), array.dtype.bits)
+            archive._archive.array_reader(node.array)(0, bits.size, bits)
+            values = bits.view(array.dtype.values).reshape(array.shape).astype(np.float64)
+            return torch.from_numpy(values[:rank])
+
+        for name, tensor in manifest.tensors.items():
+            if isinstance(tensor.recipe, Sum):
+                anchor, low = tensor.recipe.terms
+                assert isinstance(anchor, Ref) and isinstance(low, Lowrank)
+                added = low.scale * factor(low.b).T @ factor(low.a)
+                found[name] = (archive.get_tensor(anchor.tensor).double() + added).float()
+    return found
+
+
 def test_shared_layers_take_no_more_than_what_is_stored(layered: tuple[Path, Path]) -> None:
     packed, plain_dir = layered
     with deltafmt.open(packed) as archive:
@@ -62,10 +88,35 @@ def test_shared_layers_take_no_more_than_what_is_stored(layered: tuple[Path, Pat
     owners = {layer.holder for layer in deltas(model).values()}
     assert all(isinstance(owner, nn.Linear) for owner in owners)  # no pool: the anchors are layers of the model
     assert len({name.rpartition(".")[2] for name in model.state_dict()}) == 3  # weights and factors
-    expected = run(transformers.LlamaForCausalLM.from_pretrained(plain_dir).float())
-    torch.testing.assert_close(run(model.float()), expected, rtol=0, atol=0.05)  # weights unrounded, others rounded
+    dense = transformers.LlamaForCausalLM.from_pretrained(plain_dir).float()
+    expected = run(dense)
+    fused = run(model.float())
+    dense.load_state_dict(sums(packed), strict=False)
+    torch.testing.assert_close(fused, run(dense), rtol=0, atol=1e-3)  # float32 and logits up to 10: some 1e-5
+    dense.load_state_dict(sums(packed, 15), strict=False)
+    assert (fused - run(dense)).abs().max() > 1e-2  # so that the last component counts
     assert torch.equal(run(load_model(packed, dtype=torch.float32)), expected)
     assert torch.equal(run(load_model(packed, "lazy", dtype=torch.float32)), expected)
+
+
+def test_weights_without_a_base_have_the_dtype_of_the_model(tmp_path: Path) -> None:
+    """Their factors are stored as float32: a merged bf16 layer would take no bf16 input if it were float32."""
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(
+        vocab_size=160, hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4
+    )
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    deltafmt.pack(tmp_path / "model", tmp_path / "packed", method="lowrank", rank=4)
+    for dtype in (torch.bfloat16, torch.float32):
+        model = load_model(tmp_path / "packed", "fused", dtype=dtype)
+        assert {layer.base for layer in deltas(model).values()} == {None}
+        assert {layer.weight.dtype for layer in deltas(model).values()} == {dtype}
+        before = run(model)
+        assert before.dtype == dtype
+        merge(model)
+        assert {each.dtype for each in model.parameters()} == {dtype}
+        rounding = 8 * torch.finfo(dtype).eps * float(before.abs().max())
+        torch.testing.assert_close(run(model), before, rtol=0, atol=rounding)
 
 
 def test_a_lazy_model_holds_a_layer_at_a_time(layered: tuple[Path, Path]) -> None:
@@ -117,7 +168,9 @@ def test_what_cannot_be_fused_is_dense_and_named(layered: tuple[Path, Path], mon
     monkeypatch.setattr(modeling_llama.LlamaMLP, "__init__", build)
     with pytest.warns(UserWarning, match=r"layers\.\d\.mlp\.up_proj \(OddLinear\)"):
         model = load_model(packed, "fused", dtype=torch.float32)
-    torch.testing.assert_close(run(model), run(load_model(packed, dtype=torch.float32)), rtol=0, atol=0.1)
+    dense = load_model(packed, dtype=torch.float32)
+    dense.load_state_dict({name: each for name, each in sums(packed).items() if "up_proj" not in name}, strict=False)
+    torch.testing.assert_close(run(model), run(dense), rtol=0, atol=1e-3)
     assert type(model.model.layers[3].mlp.up_proj) is OddLinear
 
 

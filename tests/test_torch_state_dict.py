@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import threadpoolctl
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -127,3 +128,19 @@ def test_a_dtype_that_is_no_float_is_refused(packed: Path, dtype: torch.dtype) -
 def test_a_device_that_is_not_there_is_refused(packed: Path) -> None:
     with pytest.raises(UsageError, match="device"):
         load_state_dict(packed, device="abacus")
+
+
+def test_blas_has_one_thread_for_each_reader_where_tensors_are_computed(
+    packed: Path, minilm_dir: Path, sharing: Path
+) -> None:
+    def threads() -> set[int]:
+        return {each["num_threads"] for each in threadpoolctl.threadpool_info() if each["user_api"] == "blas"}
+
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        outside = threads()
+        assert outside and outside != {1}
+        with deltafmt.open(sharing) as archive, archive.computing():
+            assert threads() == {1}
+        with deltafmt.open(packed, minilm_dir) as archive, archive.computing():  # patches: nothing is multiplied
+            assert threads() == outside
+        assert threads() == outside

@@ -27,6 +27,9 @@ import transformers
 
 import deltafmt
 import merges
+from deltafmt.errors import UsageError
+
+WEIGHTS = "model.safetensors"
 
 _HARDWARE = {
     *("amdsmi", "flashinfer", "habana_frameworks", "intel_extension_for_pytorch", "libtpu", "torch_musa", "torch_npu"),
@@ -159,6 +162,18 @@ def models(folder: Path) -> tuple[Path, Path, Path]:
     return folder / "base", folder / "tuned", folder / "packed"
 
 
+def without(name: str, base: Path, tuned: Path) -> Path:
+    """An archive of the fine-tune that lacks a tensor."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tuned.with_name(f"without-{name}")
+    folder.mkdir()
+    save_file({key: tensor for key, tensor in load_file(tuned / WEIGHTS).items() if key != name}, folder / WEIGHTS)
+    (folder / "config.json").write_bytes((tuned / "config.json").read_bytes())
+    deltafmt.pack(folder, packed := folder.with_name(f"{folder.name}-packed"), base=base)
+    return packed
+
+
 def check(what: str, holds: bool) -> None:
     """Print what was checked. Raises `SystemExit` if it does not hold."""
     click.echo(f"{'ok' if holds else 'FAILED':8}{what}")
@@ -170,7 +185,7 @@ def same(found: Iterable[tuple[str, torch.Tensor]], wanted: Path) -> bool:
     """Whether names and values are those of a plain checkpoint."""
     from safetensors.torch import load_file
 
-    expected, got = load_file(wanted / "model.safetensors"), dict(found)
+    expected, got = load_file(wanted / WEIGHTS), dict(found)
     return got.keys() == expected.keys() and all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
@@ -206,10 +221,19 @@ def check_vllm(base: Path, tuned: Path, packed: Path) -> None:
             loaded: set[str] = AutoWeightsLoader(self).load_weights(weights)
             return loaded
 
-    model, config = Model(), types.SimpleNamespace(model=str(packed), revision=None)
+    model, config = Model(), types.SimpleNamespace(model=str(packed), revision=None, quantization=None)
     loader.download_model(config)
     loader.load_weights(model, config)
     check("vLLM: its AutoWeightsLoader fills a model with the fine-tune", same(model.state_dict().items(), tuned))
+
+    for lacking in ("model.layers.1.mlp.down_proj.weight", "model.norm.weight"):
+        config.model = str(without(lacking, base, tuned))
+        try:
+            loader.load_weights(Model(), config)
+            refused = ""
+        except UsageError as error:
+            refused = str(error)
+        check(f"vLLM: an archive without {lacking} is refused", "1 weights" in refused and lacking in refused)
 
     check("vLLM: 'deltafmt' is a known quantization", "deltafmt" in quantization.QUANTIZATION_METHODS)
     known = quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG

@@ -2,7 +2,8 @@
 
 - `smollm2`: SmolLM2-135M-Instruct in bf16 and the speeches: the real one;
 - `mgm`: a small GPT-2. Its vocabulary is microbes, and no text of those comes with it: what it draws from itself at
-  temperature 1 stands for it, so that the original is the best there can be;
+  temperature 1 stands for it, so that the original is the best there can be. Its sentences end early: their first
+  tokens are taken, of those that have so many;
 - `tiny`: a Llama of 0.4 M parameters, trained for a minute on the bytes of the speeches: to see everything work.
 """
 
@@ -21,10 +22,10 @@ import train_lora
 
 NAMES = ("smollm2", "mgm", "tiny")
 
-_DRAWN = {"train": 384, "held_out": 64}
+_DRAWN = {"train": 8192, "held_out": 512}
 """Sequences that are drawn."""
-_LENGTH = 128
-_AT_ONCE = 64
+_LENGTH = 24
+_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -59,29 +60,28 @@ def _tensor(tokens: Any) -> torch.Tensor:
 
 
 def _drawn(directory: Path, split: speeches.Split) -> speeches.Tokens:
-    """Sequences that a model draws from itself, one after the other; kept in the fixture cache."""
-    file = fixtures.cache_directory() / "tokens" / f"drawn-{split}-{directory.name}.npy"
+    """Sequences that a model draws from itself, one after the other; kept in the fixture cache. `[n * _LENGTH]`"""
+    file = fixtures.cache_directory() / "tokens" / f"drawn-{split}-{_LENGTH}-{directory.name}.npy"
     if not file.is_file():
         from transformers import AutoModelForCausalLM
 
         model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         torch.manual_seed(speeches.SPLITS.index(split))
-        rows = []
-        for _ in range(_DRAWN[split] // _AT_ONCE):
+        rows: list[Any] = []
+        while len(rows) < _DRAWN[split]:
             begin = torch.full((_AT_ONCE, 1), model.config.bos_token_id)
             drawn = model.generate(
                 begin,
                 attention_mask=torch.ones_like(begin),
                 do_sample=True,
                 top_k=0,
-                min_length=_LENGTH,
                 max_length=_LENGTH,
                 pad_token_id=model.config.pad_token_id,
             )
-            rows.append(drawn.flatten().numpy().astype(np.uint16))
+            rows += [row.numpy().astype(np.uint16) for row in drawn if model.config.eos_token_id not in row]
         file.parent.mkdir(parents=True, exist_ok=True)
         scratch = file.with_suffix(".part.npy")
-        np.save(scratch, np.concatenate(rows))
+        np.save(scratch, np.concatenate(rows[: _DRAWN[split]]))
         scratch.replace(file)
     found: speeches.Tokens = np.load(file)
     return found

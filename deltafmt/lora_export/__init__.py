@@ -64,16 +64,17 @@ def export_lora(
         rank: the adapter's rank, raised to the next of `RANKS`; if None, the highest of the archive's factors.
         format: `peft`, or `gguf` (extra `gguf`; Llama and Mistral) for llama.cpp.
         dtype: of the factors: `float32`, `float16` or `bfloat16`.
-        strict: refuse if any tensor has to be left out.
+        strict: refuse if any tensor has to be left out, before any work where that is known by then.
         overwrite: replace `dst` if it holds an adapter, a checkpoint or an archive.
         progress: called as the work goes on.
         limits: caps on what is accepted from `src` and `base`.
 
     Raises:
         WrongBaseError: the base is missing, or another model.
-        UsageError: an archive without a base; nothing to tell the rank by; `dst` exists; an unknown dtype or format.
+        UsageError: an archive that refers to no base; nothing to tell the rank by; `dst` exists; an unknown
+            dtype or format.
         RefusedError: the fine-tune changed nothing that fits, or, if `strict`, something that does not.
-        UnsupportedError: a GGUF adapter of another architecture.
+        UnsupportedError: a GGUF adapter of another architecture, or of a config that does not tell what it needs.
         MissingExtraError: a GGUF adapter without `gguf`.
         IntegrityError, MalformedError: the archive is damaged (spec/reasons.md).
         AccessError: writing failed.
@@ -89,11 +90,20 @@ def export_lora(
         check_apart(Path(dst), archive.path, *each_base(base))
         work = _Export(archive, progress, stored_as)
         if format == "gguf":
-            check_gguf(work.modules.model_type)
+            check_gguf(work.config, archive.location)
+        if strict:
+            _refuse_what_is_left_out(work)
         chosen = work.rank(rank)
         area = stack.enter_context(Staging(Path(dst), overwrite=overwrite))
         adapters = work.adapters(chosen)
-        _check_worth(work, adapters, strict)
+        if strict:  # a change that is not finite is found on the way
+            _refuse_what_is_left_out(work)
+        if not adapters:
+            raise RefusedError(
+                "nothing that an adapter could hold differs from the base",
+                where=archive.location,
+                found=f"{len(work.left_out)} changed tensors that do not fit",
+            )
         repo = archive.manifest.bases[work.base]
         if format == "gguf":
             write_gguf(area, adapters, chosen, stored_as, work.config, repo.repo)
@@ -127,20 +137,14 @@ def export_lora(
         )
 
 
-def _check_worth(work: _Export, adapters: list[Adapter], strict: bool) -> None:
-    if strict and work.left_out:
+def _refuse_what_is_left_out(work: _Export) -> None:
+    if work.left_out:
         name, reason = next(iter(work.left_out.items()))
         raise RefusedError(
-            f"{len(work.left_out)} of {len(work.reports)} changed tensors do not fit, the first is "
+            f"{len(work.left_out)} of {work.changed} changed tensors do not fit, the first is "
             f"'{escaped(name)}': {reason}",
             where=work.archive.location,
             hint="Without strict they are left out, and reported",
-        )
-    if not adapters:
-        raise RefusedError(
-            "nothing that an adapter could hold differs from the base",
-            where=work.archive.location,
-            found=f"{len(work.left_out)} changed tensors that do not fit",
         )
 
 
@@ -152,9 +156,9 @@ class _Export:
         manifest = archive.manifest
         if not manifest.bases:
             raise UsageError(
-                "the archive has no base",
+                "the archive refers to no base: it was packed without one, or nothing in the one given was of any use",
                 where=archive.location,
-                hint="Pack the fine-tune with --base: an adapter is what it changes",
+                hint="Pack the fine-tune with --base, the model that it was made of: an adapter is what changed",
             )
         self.base = next(iter(manifest.bases))
         self.config = _config(archive)
@@ -175,6 +179,11 @@ class _Export:
                 else:
                     self.left_out[name] = reason
         self._energy = self._energy_left = 0.0
+
+    @property
+    def changed(self) -> int:
+        """The number of changed tensors, as far as can be told without reading them."""
+        return len({*self._fits, *self.left_out})
 
     @property
     def loss(self) -> float:

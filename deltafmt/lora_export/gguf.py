@@ -6,7 +6,6 @@ conversion (`LlamaModel.permute`). The form is written for the architectures who
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from ..dtypes import Dtype
 from ..durable import Staging
-from ..errors import MissingExtraError, UnsupportedError, UsageError
+from ..errors import AccessError, MissingExtraError, UnsupportedError, UsageError
 from .factors import Float32
 from .modules import Kind
 from .peft import Adapter
@@ -24,19 +23,34 @@ MODEL_TYPES = ("llama", "mistral")
 """Of `config.json`: both are of llama.cpp's architecture `llama`."""
 
 
-def check_gguf(model_type: str) -> None:
-    """Whether there is a GGUF form for this model, before any work is done.
+_COUNTS = ("num_hidden_layers", "num_attention_heads")
+"""Of `config.json`: what the form cannot be written without."""
+
+
+def check_gguf(config: Mapping[str, Any], where: str) -> None:
+    """Whether there is a GGUF form for the model of this config, in the archive `where`, before any work is done.
 
     Raises:
-        UnsupportedError: another architecture.
+        UnsupportedError: another architecture, or a config that does not tell the numbers of layers and heads.
         MissingExtraError: without `gguf`.
     """
+    model_type = str(config.get("model_type", ""))
     if model_type not in MODEL_TYPES:
         raise UnsupportedError(
             f"no GGUF adapter of a model of type {model_type!r}",
             expected=" or ".join(MODEL_TYPES),
             hint="Write a PEFT adapter and convert it with llama.cpp's convert_lora_to_gguf.py",
         )
+    for key in _COUNTS:
+        found = config.get(key)
+        if type(found) is not int or found < 1:
+            raise UnsupportedError(
+                f"config.json does not tell {key}",
+                where=where,
+                expected="1 or more",
+                found=found,
+                hint="Complete it and pack the model again, or write a PEFT adapter",
+            )
     try:
         import gguf  # noqa: F401
     except ImportError as error:
@@ -46,15 +60,20 @@ def check_gguf(model_type: str) -> None:
 def write_gguf(
     area: Staging, adapters: Sequence[Adapter], rank: int, dtype: Dtype, config: Mapping[str, Any], base: str | None
 ) -> None:
-    """Write the adapter file. Raises `UsageError` if a module has no place in a GGUF model of this architecture."""
+    """Write the adapter file.
+
+    Raises:
+        UsageError: a module has no place in a GGUF model of this architecture.
+        AccessError: writing failed.
+    """
     import gguf
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, int(config["num_hidden_layers"]))
-    heads = int(config["num_attention_heads"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    heads = config["num_attention_heads"]
     # What llama.cpp splits the rows of Q and K by.
     split = {"q_proj": heads, "k_proj": int(config.get("num_key_value_heads") or heads)}
-    path = area.path / FILE
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
+    file = area.create(FILE)  # gguf writes into it by its name
+    writer = gguf.GGUFWriter(file.path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
@@ -79,10 +98,11 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
+    except OSError as error:
+        raise AccessError(f"cannot write: {error.strerror or error}", where=str(file.path)) from error
     finally:
         writer.close()
-    with path.open("rb") as written:
-        os.fsync(written.fileno())
+    file.finish()
 
 
 def permuted(rows: Float32, heads: int) -> Float32:

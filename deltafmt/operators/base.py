@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +80,23 @@ class Target:
         return math.prod(self.shape[1:])
 
 
+class Rectangle(NamedTuple):
+    """Rows `[top, bottom)` and columns `[left, right)` of a tensor taken as a matrix of `rows` times `row` elements."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def columns(self) -> int:
+        return self.right - self.left
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.bottom - self.top, self.columns
+
+
 class Value(ABC):
     """An operator bound to its source and target. A node with a dtype has `bits`; every float node has `accumulate`."""
 
@@ -103,6 +120,27 @@ class Value(ABC):
         with borrowed(self.facts.dtype.bits, hi - lo) as bits:
             self.bits(lo, hi, bits)
             widen_into(bits, self.facts.dtype, into)
+
+    def rectangle_bits(self, part: Rectangle, out: Bits) -> None:
+        """As `bits`, into `[rows, columns]`. Whole rows are read: a chunk holds such, and a patch needs all of it."""
+        assert self.facts.dtype is not None
+        row = math.prod(self.facts.shape[1:])
+        with borrowed(self.facts.dtype.bits, len(out) * row) as rows:
+            self.bits(part.top * row, part.bottom * row, rows)
+            np.copyto(out, rows.reshape(-1, row)[:, part.left : part.right])
+
+    def accumulate_rectangle(self, part: Rectangle, into: Wide, first: bool) -> None:
+        """As `accumulate`, into `[rows, columns]`. Every wide node has its own way to compute these and no others."""
+        if not first:
+            with borrowed(into.dtype, into.size) as flat:
+                values = flat.reshape(into.shape)
+                self.accumulate_rectangle(part, values, first=True)
+                np.add(into, values, out=into)
+            return
+        assert self.facts.dtype is not None
+        with borrowed(self.facts.dtype.bits, into.size) as bits:
+            self.rectangle_bits(part, bits.reshape(into.shape))
+            widen_into(bits, self.facts.dtype, into.reshape(-1))
 
     def rounded(self, lo: int, hi: int, accumulator: np.dtype[Any], dtype: Dtype, out: Bits) -> None:
         """Put elements `[lo, hi)` into `out`, in the accumulation type and then rounded to bits of `dtype`."""

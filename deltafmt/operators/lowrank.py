@@ -21,7 +21,7 @@ from ..gemm import OntoBf16, Product
 from ..names import escaped
 from ..scratch import borrowed
 from ..strictjson import Fields
-from .base import Facts, Operator, Scope, Source, Target, Value, Wide, misfit
+from .base import Facts, Operator, Rectangle, Scope, Source, Target, Value, Wide, misfit
 
 FACTOR_INTEGERS = frozenset(DTYPES[name] for name in ("I8", "I16", "I32"))
 FACTOR_FLOATS = frozenset(dtype for dtype in DTYPES.values() if dtype.is_float)
@@ -172,6 +172,9 @@ class _Lowrank(Value):
             end = begin + rows * columns
             product.add(into[begin - lo : end - lo].reshape(rows, columns), top, left, first)
             begin = end
+
+    def accumulate_rectangle(self, part: Rectangle, into: Wide, first: bool) -> None:
+        self.product().add(into, part.top, part.left, first)
 
     def onto_bf16(self, lo: int, hi: int) -> OntoBf16 | None:
         row = self._target.row

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..strictjson import Fields
-from .base import Facts, Operator, Scope, Source, Target, Value, Wide, misfit, whole
+from .base import Facts, Operator, Rectangle, Scope, Source, Target, Value, Wide, misfit, whole
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,14 @@ class _Scaled(Value):
             return
         self._x.accumulate(lo, hi, into, first)
         self._multiply(lo, hi, into)
+
+    def accumulate_rectangle(self, part: Rectangle, into: Wide, first: bool) -> None:
+        if not first:
+            super().accumulate_rectangle(part, into, first)
+            return
+        self._x.accumulate_rectangle(part, into, first)
+        factor = self.factor()
+        np.multiply(into, factor[part.top : part.bottom, None] if factor.ndim else factor, out=into)
 
     def reference(self, lo: int, hi: int, accumulator: np.dtype[Any]) -> Wide:
         factor = self.factor()

@@ -13,7 +13,7 @@ from ..gemm import OntoBf16
 from ..limits import SUM_TERMS
 from ..scratch import borrowed
 from ..strictjson import Fields
-from .base import Facts, Operator, Scope, Source, Target, Value, Wide, misfit
+from .base import Facts, Operator, Rectangle, Scope, Source, Target, Value, Wide, misfit
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,14 @@ class _Sum(Value):
             return
         for term in self._terms:
             term.accumulate(lo, hi, into, first)
+            first = False
+
+    def accumulate_rectangle(self, part: Rectangle, into: Wide, first: bool) -> None:
+        if self.facts.exact and not first:
+            super().accumulate_rectangle(part, into, first)
+            return
+        for term in self._terms:
+            term.accumulate_rectangle(part, into, first)
             first = False
 
     def rounded(self, lo: int, hi: int, accumulator: np.dtype[Any], dtype: Dtype, out: Bits) -> None:

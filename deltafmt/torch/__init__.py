@@ -11,7 +11,7 @@ if importlib.util.find_spec("torch") is None:
     raise MissingExtraError("deltafmt.torch needs torch", extra="torch")
 
 from .bases import BaseCache
-from .fused import merge
+from .fused import merge, trainable
 from .model import load_model, swap
 from .state_dict import LazyStateDict, LazyTensor, load_state_dict
 from .tenants import MultiTenant
@@ -25,4 +25,5 @@ __all__ = [
     "load_state_dict",
     "merge",
     "swap",
+    "trainable",
 ]

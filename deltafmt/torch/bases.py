@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,10 +45,10 @@ class BaseCache:
         found = self._weights.get(key)
         return found if found is not None and (found.dtype, found.device) == key[1:] else None
 
-    def weights(self) -> Mapping[str, nn.Parameter]:
-        """Digest -> weight, of all that are in use."""
+    def weights(self) -> list[nn.Parameter]:
+        """All that are in use; one of which there are several dtypes, or on several devices, is several."""
         with self._lock:
-            return {key[0]: weight for key, weight in self._weights.items()}
+            return list(self._weights.values())
 
     def __deepcopy__(self, _memo: Any) -> BaseCache:
         return self
@@ -60,7 +59,7 @@ class BaseCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights in use."""
-        return sum(weight.nbytes for weight in self.weights().values())
+        return sum(weight.nbytes for weight in self.weights())
 
 
 def _key(digest: str, dtype: torch.dtype, cast: Cast) -> _Key:

@@ -23,6 +23,9 @@ _Layer = TypeVar("_Layer", bound=nn.Module)
 POOL = "deltafmt_bases"
 """The module of a model that holds bases which are no layer's own weight."""
 
+BASES = "_deltafmt_base_cache"
+"""The attribute of a fused model that says where its bases are from."""
+
 
 class BasePool(nn.Module):
     """Base weights that no layer of the model owns by itself, as frozen parameters `base_0`, `base_1`, ..."""
@@ -39,8 +42,8 @@ class Factors(nn.Module):
 
     Args:
         lora_a: `[r, columns]`, component 0 first.
-        lora_b: `[r, rows]`. Both floats, to be trained; or both integers, which stay integers in memory and are
-            converted where they are used.
+        lora_b: `[r, rows]`. Both floats, to be trained; or both integers, which stay integers in memory, are converted
+            where they are used, and have no gradient: see `trainable`.
         scale: of integers a power of two.
     """
 
@@ -62,10 +65,6 @@ class Factors(nn.Module):
         """`a` and `b` as `dtype`, the scale in them."""
         return scaled(self.lora_a, self.lora_b, self.scale, dtype)
 
-    def prefix(self, rank: int) -> Factors:
-        """The first `rank` components, as views: each prefix is the best of its length that the writer knew."""
-        return Factors(self.lora_a.detach()[:rank], self.lora_b.detach()[:rank], self.scale)
-
     def to_floats(self, dtype: torch.dtype = torch.float32) -> None:
         """Turn integer factors into floats that can be trained."""
         if not self.lora_a.is_floating_point():
@@ -81,27 +80,42 @@ def scaled(a: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype) -
     if scale == 1:
         return a.to(dtype), b.to(dtype)
     half = 2.0 ** (math.frexp(scale)[1] // 2)
-    return a.to(dtype) * half, b.to(dtype) * (scale / half)
+    wide = torch.promote_types(dtype, torch.float32)  # float16 ends at 65504
+    return (a.to(wide) * half).to(dtype), (b.to(wide) * (scale / half)).to(dtype)
 
 
-class Delta(nn.Module, ABC):
-    """What the fused layers have in common.
+class Outline(torch.Tensor):
+    """Dtype, device and shape of a weight that is not built: what modeling code looks at. Values it has none: whoever
+    uses them gets a `UsageError`."""
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Outline:
+        made: Outline = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any, **__: Any) -> NoReturn:  # type: ignore[override]
+        raise UsageError(
+            f"the weight of a fused layer is not built, but {func} needs its values",
+            hint="Layers have merged_weight(); deltafmt.torch.merge(model) makes them dense, and so does mode='full'",
+        )
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Outline({tuple(self.shape)}, {self.dtype}, {self.device})"
+
+
+class OnBase(nn.Module):
+    """A layer that uses a base weight which another module owns.
 
     Attributes:
-        factors: the layer's own; layers that are tied share them.
-        bias: as in the layer that it stands for, or None.
-        holder, held: the module that owns the base, and the name of its attribute; `refer` sets them.
+        holder, held: the module that owns it, and the name of its attribute; `refer` sets them.
     """
 
-    factors: Factors
-    bias: nn.Parameter | None
     holder: nn.Module | None
     held: str
 
-    def __init__(self, factors: Factors, bias: nn.Parameter | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.factors = factors
-        self.register_parameter("bias", bias)
         self.refer(None)
 
     def refer(self, holder: nn.Module | None, name: str = "weight") -> None:
@@ -118,14 +132,45 @@ class Delta(nn.Module, ABC):
         found: torch.Tensor = getattr(self.holder, self.held)
         return found
 
+
+class Delta(OnBase, ABC):
+    """What the fused layers have in common.
+
+    Attributes:
+        factors: the layer's own; layers that are tied share them.
+        bias: as in the layer that it stands for, or None.
+    """
+
+    factors: Factors
+    bias: nn.Parameter | None
+
+    def __init__(self, factors: Factors, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.factors = factors
+        self.register_parameter("bias", bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weight's: that of the base, or else of float factors."""
+        base, of_factors = self.base, self.factors.lora_a.dtype
+        if base is not None:
+            return base.dtype
+        return of_factors if of_factors.is_floating_point else torch.get_default_dtype()
+
     @property
     def weight(self) -> torch.Tensor:
+        """The weight's dtype, device and shape, without values."""
+        if torch.compiler.is_compiling():
+            return self.merged_weight()  # compilers cannot make an outline, and drop what is not used
+        a, b = self.factors.lora_a, self.factors.lora_b
+        return Outline((b.shape[1], a.shape[1]), self.dtype, a.device)
+
+    def merged_weight(self) -> torch.Tensor:
         """The weight that this layer has, built anew each time: for whoever cannot do without."""
         base = self.base
-        wide = torch.float32 if base is None or base.dtype.itemsize < 4 else base.dtype
-        a, b = self.factors.pair(wide)
+        a, b = self.factors.pair(torch.promote_types(self.dtype, torch.float32))
         update = b.t() @ a
-        return update if base is None else (base + update).to(base.dtype)
+        return (update if base is None else base + update).to(self.dtype)
 
     @abstractmethod
     def dense(self) -> nn.Module:
@@ -148,7 +193,7 @@ class DeltaLinear(Delta):
         return _added(y, self.bias, F.linear(x, a), b)
 
     def dense(self) -> nn.Linear:
-        weight = self.weight.detach()
+        weight = self.merged_weight().detach()
         return _filled(nn.Linear(weight.shape[1], weight.shape[0], self.bias is not None, "meta"), weight, self.bias)
 
     @property
@@ -176,7 +221,7 @@ class DeltaConv1D(Delta):
     def dense(self) -> nn.Module:
         from transformers.pytorch_utils import Conv1D
 
-        weight = self.weight.detach()
+        weight = self.merged_weight().detach()
         with torch.device("meta"):
             layer: nn.Module = Conv1D(weight.shape[1], weight.shape[0])
         return _filled(layer, weight, self.bias)
@@ -203,14 +248,13 @@ class DeltaEmbedding(Delta):
         rows = None if base is None else F.embedding(indices, base, self.padding_idx)
         if self.factors.rank == 0 and rows is not None:
             return rows
-        dtype = rows.dtype if rows is not None else torch.get_default_dtype()
         of_rows = self.factors.lora_b[:, indices.flatten()]
-        a, b = scaled(self.factors.lora_a, of_rows, self.factors.scale, dtype)
+        a, b = scaled(self.factors.lora_a, of_rows, self.factors.scale, self.dtype)
         low = (b.t() @ a).reshape(*indices.shape, -1)
         return low if rows is None else rows + low
 
     def dense(self) -> nn.Embedding:
-        weight = self.weight.detach()
+        weight = self.merged_weight().detach()
         layer = nn.Embedding(weight.shape[0], weight.shape[1], self.padding_idx, device="meta")
         return _filled(layer, weight, None)
 
@@ -264,10 +308,22 @@ def no_plain_checkpoint(*_: Any, **__: Any) -> NoReturn:
     )
 
 
+def trainable(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Turn integer factors of a fused model, which have no gradient, into floats that can be trained, in place.
+
+    Archives without loss hold factors as integers, those of `pack(method="lowrank")` hold floats, which are trainable
+    as they are. All other weights stay frozen: other models may share them.
+    """
+    for module in model.modules():
+        if isinstance(module, Factors):
+            module.to_floats(dtype)
+
+
 def merge(model: nn.Module) -> None:
     """Turn all fused layers into ordinary ones, in place, and let the bases go that only they needed.
 
-    Every parameter can be trained after that. Layers that were stored as one share one parameter still.
+    Every parameter is the model's own and can be trained after that: those that it shared with other models are copied.
+    Layers that were stored as one share one parameter still. `swap` needs a fused model, and takes it no more.
     """
     made: dict[Factors, nn.Parameter] = {}
     for name, layer in deltas(model).items():
@@ -276,6 +332,22 @@ def merge(model: nn.Module) -> None:
         dense.weight = made.setdefault(layer.factors, dense.weight)  # type: ignore[arg-type]
         setattr(model.get_submodule(parent), leaf, dense)
     model._modules.pop(POOL, None)
-    model.__dict__.pop("save_pretrained", None)
+    for name in ("save_pretrained", BASES):
+        model.__dict__.pop(name, None)
+    _unshare(model, set(made.values()))
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+
+
+def _unshare(model: nn.Module, own: set[nn.Parameter]) -> None:
+    """Copy all parameters but the model's own, one at a time. What is tied stays tied."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and parameter not in own:
+                places.setdefault(parameter, []).append((module, leaf))
+    while places:
+        parameter, found = places.popitem()
+        copied = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        for module, leaf in found:
+            module._parameters[leaf] = copied

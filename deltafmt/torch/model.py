@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-import weakref
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -16,11 +15,11 @@ from ..reader import Archive
 from ..sources import Bases, PathLike, open_archive
 from .bases import BaseCache
 from .fill import bases_of, cast_of, fill, listed, move_buffers, take_over
-from .fused import deltas, merge, no_plain_checkpoint
+from .fused import deltas, no_plain_checkpoint
 from .lazy import LazyWeights
 from .skeleton import Architecture, architecture, full_model, settings, skeleton
-from .slots import Slot, check_shapes, highest_rank, slots
-from .tensors import Cast, check_bases, new_cast, read_tensors, torch_dtype
+from .slots import Slot, check_shapes, slots
+from .tensors import Cast, check_bases, nbytes, new_cast, read_tensors, room_for, torch_dtype
 
 Mode: TypeAlias = Literal["full", "fused", "lazy"]
 
@@ -46,15 +45,18 @@ def load_model(
         mode: `"full"`: dense weights, each tensor of the archive as it was, as `from_pretrained` loads the unpacked
             model. `"fused"`: linear layers and embeddings that are stored as base and factors stay so, see `fused`;
             whatever is stored as a *patch* of that sum lacks the patch, so that each weight is within a rounding step
-            or two of the exact one; all other tensors are exact. Only factors can be trained. `"lazy"`: nothing is read
-            yet; each layer reads its weights when it runs, and lets them go after that.
-        device: where it goes; the CPU by default.
+            or two of the exact one; all other tensors are exact. Only factors can be trained; integers, as archives
+            without loss have them, after `deltafmt.torch.trainable(model)`. `"lazy"`: nothing is read yet; each layer
+            reads its weights when it runs, and lets them go after that.
+        device: where it goes; the CPU by default. In mode `"full"` all of it is on the CPU first, where transformers
+            puts a state dict unless accelerate is there; `from_pretrained(device_map=)` of `deltafmt.hf` uses that, and
+            no more of the CPU's memory than for a few tensors.
         dtype: of its floating-point weights; by default what `config.json` says, or else what the first weight has.
         base: the base it was packed against, or several, as in `deltafmt.open`. It must be there, with the right names,
             dtypes and shapes, when the model is loaded; in mode `"lazy"` the digest of the smallest tensor that is
             needed of it is checked then, and of each other one when it is first read.
-        rank: use at most this many components of each pair of factors. In mode `"full"`: weights that are stored with
-            more are built from these, without the patch that made them exact; all others are as they were.
+        rank: use at most this many components of each pair of factors. Dense weights that are stored with more are
+            built from these, without the patch that made them exact; all others are as they were. Not for `"lazy"`.
         max_bytes: use as many components as fit: parameters and buffers take at most this many bytes.
         bases: base weights to share with other models, mode `"fused"` only.
         keep: mode `"lazy"`: keep weights once read.
@@ -68,8 +70,8 @@ def load_model(
         MalformedError, UnsupportedError, IntegrityError: as spec/reasons.md says.
         WrongBaseError: a base is missing, or is another model.
         MissingExtraError: without transformers.
-        UsageError: transformers cannot build it, weights are missing, or it does not fit in `max_bytes`; or an argument
-            is not what it may be.
+        UsageError: transformers cannot build it, weights are missing, or it does not fit in `max_bytes` or on the
+            device; or an argument is not what it may be.
     """
     if mode not in get_args(Mode):
         raise UsageError(f"unknown mode {mode!r}", hint=f"Choose one of {', '.join(get_args(Mode))}")
@@ -83,15 +85,10 @@ def load_model(
         if mode == "lazy":
             model = _lazy(archive, of, cast, keep, jobs)
             if model is not None:
-                stack.pop_all()  # the model closes it
+                stack.pop_all()  # it is closed when the model is gone
         elif mode == "fused":
             model = _fused(archive, of, cast, bases or BaseCache(), rank, max_bytes, jobs)
-        elif rank is not None and highest_rank(archive.manifest) > rank:
-            _check_dense(archive, cast, max_bytes)
-            model = _fused(archive, of, cast, BaseCache(), rank, None, jobs, only_cut=True)
-            if model is not None:
-                merge(model)
-        return _full(archive, of, cast, max_bytes, jobs) if model is None else model
+        return _full(archive, of, cast, rank, max_bytes, jobs) if model is None else model
 
 
 def swap(
@@ -137,7 +134,7 @@ def check_configuration(archive: Archive, trust_remote_code: bool = False) -> No
     Raises `UsageError` for the first thing found, as `load_model` does.
     """
     of = architecture(archive, trust_remote_code)
-    model = skeleton(of, _dtype(archive, of, Cast()))
+    model = skeleton(of, _dtype(archive, of))
     check_shapes(model, slots(model, archive.manifest)[0], archive.manifest, archive.path)
 
 
@@ -156,16 +153,10 @@ def _check_options(mode: Mode, rank: int | None, max_bytes: int | None, bases: B
         raise UsageError(f"mode {mode!r} keeps all weights: keep does not apply", hint="Use mode='lazy'")
 
 
-def _full(archive: Archive, of: Architecture, cast: Cast, max_bytes: int | None, jobs: int | None) -> nn.Module:
-    _check_dense(archive, cast, max_bytes)
-    # On the CPU first: transformers puts no state dict elsewhere by itself.
-    tensors = read_tensors(archive, archive.tensors, Cast(None, cast.dtype), jobs)
-    model = full_model(of, _each_its_own(tensors), cast.dtype)
-    return model if cast.device is None else model.to(cast.device)
-
-
-def _check_dense(archive: Archive, cast: Cast, max_bytes: int | None) -> None:
-    needed = sum(info.count * cast.result(torch_dtype(info.dtype)).itemsize for info in archive.tensors.values())
+def _full(
+    archive: Archive, of: Architecture, cast: Cast, rank: int | None, max_bytes: int | None, jobs: int | None
+) -> nn.Module:
+    needed = nbytes(archive, Cast(None, cast.dtype or _dtype(archive, of)))
     if max_bytes is not None and needed > max_bytes:
         raise UsageError(
             "the dense model does not fit in max_bytes",
@@ -174,6 +165,22 @@ def _check_dense(archive: Archive, cast: Cast, max_bytes: int | None) -> None:
             found=needed,
             hint="mode='fused' takes less where layers share a base",
         )
+    tensors = read_tensors(archive, archive.tensors, Cast(None, _common(archive, of, cast.dtype)), jobs, rank=rank)
+    model = full_model(of, _each_its_own(tensors), cast.dtype)
+    if cast.device is None:
+        return model
+    with room_for(needed, cast.device, "Take another device, mode='fused' with max_bytes=, or mode='lazy'"):
+        return model.to(cast.device)
+
+
+def _common(archive: Archive, of: Architecture, dtype: torch.dtype | None) -> torch.dtype | None:
+    """What tensors may be cast to as they are read. None if the model keeps some wider: transformers casts these from
+    what is stored, with all the others."""
+    stored = [torch_dtype(info.dtype) for info in archive.tensors.values() if info.dtype.is_float]
+    if dtype is None or all(dtype == torch.promote_types(dtype, each) for each in stored):
+        return dtype
+    floats = (each.dtype for each in skeleton(of, dtype).state_dict().values() if each.is_floating_point())
+    return dtype if set(floats) == {dtype} else None
 
 
 def _each_its_own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -194,18 +201,13 @@ def _fused(
     rank: int | None,
     max_bytes: int | None,
     jobs: int | None,
-    *,
-    only_cut: bool = False,
 ) -> nn.Module | None:
-    """None if names in the archive are not those of the model.
-
-    `only_cut`: layers are fused where `rank` leaves components out, and dense otherwise.
-    """
+    """None if names in the archive are not those of the model."""
     empty = _empty(archive, of, cast)
     if empty is None:
         return None
-    model, found, cast = empty
-    fill(model, archive, found, cast, bases, rank, max_bytes, jobs, only_cut=only_cut)
+    model, found = empty
+    fill(model, archive, found, cast.device, bases, rank, max_bytes, jobs)
     if deltas(model):
         model.save_pretrained = no_plain_checkpoint  # type: ignore[assignment]
     return model
@@ -216,32 +218,31 @@ def _lazy(archive: Archive, of: Architecture, cast: Cast, keep: bool, jobs: int 
     empty = _empty(archive, of, cast)
     if empty is None:
         return None
-    model, found, cast = empty
+    model, found = empty
     check_bases(archive, [slot.tensor for slot in found])
-    weights = LazyWeights(archive, cast, jobs, keep)
-    own: dict[nn.Module, dict[str, str]] = {}
+    weights = LazyWeights(archive, jobs, keep)
+    own: dict[nn.Module, dict[str, tuple[str, Cast]]] = {}
     for slot in found:
+        as_held = Cast(cast.device, slot.dtype)
         for place in slot.places:
             parent, _, leaf = place.rpartition(".")
             module = model.get_submodule(parent)
             if leaf in module._parameters:
-                own.setdefault(module, {})[leaf] = slot.tensor
+                own.setdefault(module, {})[leaf] = slot.tensor, as_held
             else:
-                module._buffers[leaf] = read_tensors(archive, [slot.tensor], cast)[slot.tensor]
+                module._buffers[leaf] = read_tensors(archive, [slot.tensor], as_held)[slot.tensor]
     for module, tensors in own.items():
         weights.attach(module, tensors)
-    move_buffers(model, cast)
+    move_buffers(model, cast.device)
     model.save_pretrained = no_plain_checkpoint  # type: ignore[assignment]
-    weakref.finalize(model, weights.close)
     return model
 
 
-def _empty(archive: Archive, of: Architecture, cast: Cast) -> tuple[nn.Module, list[Slot], Cast] | None:
-    """A model without weights, where each tensor of the archive goes, and as what; None if the names are others."""
-    dtype = _dtype(archive, of, cast)
-    model = skeleton(of, dtype)
+def _empty(archive: Archive, of: Architecture, cast: Cast) -> tuple[nn.Module, list[Slot]] | None:
+    """A model without weights, and where each tensor of the archive goes; None if the names are others."""
+    model = skeleton(of, cast.dtype or _dtype(archive, of))
     found = _slots(model, archive)
-    return None if found is None else (model, found, Cast(cast.device, dtype))
+    return None if found is None else (model, found)
 
 
 def _slots(model: nn.Module, archive: Archive) -> list[Slot] | None:
@@ -258,7 +259,7 @@ def _slots(model: nn.Module, archive: Archive) -> list[Slot] | None:
     return found
 
 
-def _dtype(archive: Archive, of: Architecture, cast: Cast) -> torch.dtype:
-    """What was asked for, or what the configuration says, or what the first weight has."""
+def _dtype(archive: Archive, of: Architecture) -> torch.dtype:
+    """What the configuration says, or what the first weight has."""
     floats = (torch_dtype(info.dtype) for info in archive.tensors.values() if info.dtype.is_float)
-    return cast.dtype or of.dtype or next(floats, torch.float32)
+    return of.dtype or next(floats, torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -16,12 +17,16 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from ..digests import digest
+from ..durable import Staging
 from ..errors import DeltafmtError, MissingExtraError, UsageError
 from ..names import escaped
 from ..reader import Archive
 
 CONFIG = "config.json"
 _GENERATION = "generation_config.json"
+_DESCRIBES = re.compile(r"config(\.[^/]+)?\.json|generation_config\.json|(.+/)?[^/]+\.py")
+"""Sidecars that say what model it is: configuration, also for single versions of transformers, and code."""
 _SHOWN = 300  # characters of what transformers says
 
 
@@ -47,7 +52,7 @@ def architecture(archive: Archive, trust_remote_code: bool = False) -> Architect
     """Read `config.json`, and `generation_config.json` if there is one.
 
     Raises `UsageError` where they do not say which model this is, or transformers does not know it or cannot read them;
-    `MissingExtraError` without transformers.
+    `MissingExtraError` without transformers; `IntegrityError` if they, or code beside them, are damaged.
     """
     if importlib.util.find_spec("transformers") is None:
         raise MissingExtraError("models need transformers", extra="hf")
@@ -157,17 +162,23 @@ def _place(archive: Archive, sidecar: str) -> str:
 
 @contextmanager
 def _sidecar_folder(archive: Archive) -> Iterator[Path]:
-    """Where transformers finds configuration and code: the archive, or a folder for the while if that is one file."""
+    """Where transformers finds configuration and code, which are those of the archive: a folder for the while if that
+    is one file. Raises `IntegrityError` if they are damaged."""
+    contents = {}
+    for name, part in archive.sidecars.items():
+        if _DESCRIBES.fullmatch(name):
+            contents[name] = b"".join(part.blocks())
+            archive.check_sidecar(name, digest(contents[name]))
     if not archive.single_file:
         yield archive.path
         return
     with tempfile.TemporaryDirectory() as folder:
-        for name, part in archive.sidecars.items():
-            if name.endswith((".json", ".py")):
-                target = Path(folder) / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(b"".join(part.blocks()))
-        yield Path(folder)
+        target = Path(folder) / archive.path.stem  # code is kept by transformers under the name of its folder
+        with Staging(target) as staging:
+            for name, content in contents.items():
+                staging.write(name, [content])
+            staging.commit()
+        yield target
 
 
 def settings(config: Any) -> dict[str, Any]:
@@ -178,13 +189,28 @@ def settings(config: Any) -> dict[str, Any]:
 
 def skeleton(of: Architecture, dtype: torch.dtype) -> nn.Module:
     """The model with its parameters on the meta device; buffers are there, as the model's code computes them. In
-    evaluation mode, ties made."""
+    evaluation mode, ties made, each parameter of the dtype in which `from_pretrained` holds it."""
     with foreign_errors(of.where, "transformers cannot build the model that it describes"), _parameters_on_meta():
         model: Any = of.model_class._from_config(of.config, dtype=dtype)
         model.tie_weights()
+        _keep_wide(model, dtype)
         _finish(model, of)
     built: nn.Module = model
     return built
+
+
+def _keep_wide(model: Any, dtype: torch.dtype) -> None:
+    """Make float32 what the model's class wants so beside half precision; the names are patterns, as transformers
+    looks for them."""
+    patterns = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
+    if dtype == torch.float16:
+        patterns |= set(model._keep_in_fp32_modules or ())
+    if not patterns:
+        return
+    wide = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and wide.search(name):
+            tensor.data = tensor.data.float()
 
 
 def full_model(of: Architecture, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> nn.Module:

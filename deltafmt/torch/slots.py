@@ -1,40 +1,26 @@
-"""Where the tensors of an archive go in a model, and which of them a fused layer can hold as base and factors."""
+"""Where the tensors of an archive go in a model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ..manifest import Manifest
-from ..operators import Lowrank, Operator, Patch, Ref, Stored, Sum
+from .recipes import same_as
 from .skeleton import misfit
-from .tensors import same_as
 
 
 @dataclass(frozen=True)
 class Slot:
     """One tensor of the archive and the parameters or buffers of the model that it becomes; several where the model
-    ties them."""
+    ties them. `dtype` is what it gets if it is a float."""
 
     tensor: str
     places: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Low:
-    """A weight as base plus `scale * b^T a`.
-
-    Attributes:
-        base: a tensor or a stored array; None for zero.
-        a, b: stored arrays, `[rank, columns]` and `[rank, rows]`.
-    """
-
-    base: Ref | Stored | None
-    a: str
-    b: str
-    scale: float
+    dtype: torch.dtype
 
 
 def slots(model: nn.Module, manifest: Manifest) -> tuple[list[Slot], list[str]]:
@@ -47,6 +33,7 @@ def slots(model: nn.Module, manifest: Manifest) -> tuple[list[Slot], list[str]]:
         The slots, and the parameters that the archive has nothing for.
     """
     prefix = getattr(model, "base_model_prefix", "")
+    state = model.state_dict()
     ties: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         ties.setdefault(id(parameter), []).append(name)
@@ -63,11 +50,11 @@ def slots(model: nn.Module, manifest: Manifest) -> tuple[list[Slot], list[str]]:
         if not tensors:
             missing += homeless
         for tensor, places in tensors.items():
-            found.append(Slot(tensor, (*places, *homeless)))
+            found.append(Slot(tensor, (*places, *homeless), state[places[0]].dtype))
             homeless = []
     parameters = {name for names in ties.values() for name in names}
-    buffers = {name: _stored_name(name, prefix, manifest) for name in model.state_dict() if name not in parameters}
-    found += [Slot(tensor, (name,)) for name, tensor in buffers.items() if tensor is not None]
+    buffers = {name: _stored_name(name, prefix, manifest) for name in state if name not in parameters}
+    found += [Slot(tensor, (name,), state[name].dtype) for name, tensor in buffers.items() if tensor is not None]
     return found, missing
 
 
@@ -78,33 +65,6 @@ def check_shapes(model: nn.Module, found: list[Slot], manifest: Manifest, archiv
         needed, stored = list(state[slot.places[0]].shape), list(manifest.tensors[slot.tensor].shape)
         if needed != stored:
             raise misfit(archive, slot.tensor, needed, stored)
-
-
-def low_rank_form(manifest: Manifest, name: str) -> Low | None:
-    """A tensor as base and factors, if its recipe is that, or a patch of it: the patch is left out."""
-    same = same_as(manifest, name)
-    if same.base is not None:
-        return None
-    recipe: Operator = manifest.tensors[same.tensor].recipe
-    if isinstance(recipe, Patch):
-        recipe = recipe.prediction
-    base: Ref | Stored | None = None
-    if isinstance(recipe, Sum) and len(recipe.terms) == 2:
-        first, recipe = recipe.terms
-        if not isinstance(first, Ref | Stored):
-            return None
-        base = first
-    if not isinstance(recipe, Lowrank) or not isinstance(recipe.a, Stored) or not isinstance(recipe.b, Stored):
-        return None
-    if isinstance(base, Ref) and base.base is None:
-        base = same_as(manifest, base.tensor)
-    return Low(base, recipe.a.array, recipe.b.array, recipe.scale)
-
-
-def highest_rank(manifest: Manifest) -> int:
-    """Of all tensors that are base and factors; 0 if none is."""
-    lows = (low_rank_form(manifest, name) for name in manifest.tensors)
-    return max((manifest.arrays[low.a].shape[0] for low in lows if low is not None), default=0)
 
 
 def _stored_name(name: str, prefix: str, manifest: Manifest) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from types import EllipsisType, TracebackType
-from typing import Any, Literal, TypeAlias, overload
+from typing import Literal, TypeAlias, overload
 
 import torch
 
@@ -13,11 +13,8 @@ from ..archive import OpenArchive, TensorSlice
 from ..archive import open as open_lazily
 from ..dtypes import DTYPES
 from ..limits import check_count
-from ..rebuild import good_step
 from ..sources import Bases, PathLike, open_archive
-from .tensors import SAFETENSORS_NAMES, Cast, check_bases, new_cast, read_tensors, torch_dtype
-
-_BLOCK_ELEMENTS = 1 << 20
+from .tensors import SAFETENSORS_NAMES, Cast, check_bases, nbytes, new_cast, read_tensors, room_for, torch_dtype
 
 _Part: TypeAlias = int | slice | EllipsisType
 Index: TypeAlias = _Part | tuple[_Part, ...]
@@ -75,7 +72,7 @@ def load_state_dict(
     Raises:
         MalformedError, UnsupportedError, IntegrityError: as spec/reasons.md says.
         WrongBaseError: a base is missing, or is another model.
-        UsageError: `dtype` is no float, or `device` cannot be used; or `jobs` is no number of threads.
+        UsageError: `dtype` is no float, or `device` cannot be used or has no room; or `jobs` is no number of threads.
     """
     check_count("jobs", jobs, 1)
     cast = new_cast(device, dtype)
@@ -85,7 +82,8 @@ def load_state_dict(
             check_bases(opened._archive, opened.keys())
             stack.pop_all()  # the caller closes it
         return LazyStateDict(opened, cast)
-    with open_archive(path, base) as archive:
+    hint = "Take another device, or lazy=True and not all of it"
+    with open_archive(path, base) as archive, room_for(nbytes(archive, cast), cast.device, hint):
         return read_tensors(archive, archive.tensors, cast, jobs)
 
 
@@ -134,39 +132,6 @@ class LazyTensor:
         return SAFETENSORS_NAMES[self._cast.result(torch_dtype(DTYPES[self._archived.get_dtype()]))]
 
     def __getitem__(self, index: Index) -> torch.Tensor:
-        """Basic indexing. Only the rows that the first axis asks for are decoded; where further axes are cut, block by
-        block, so that little more than the result is in memory."""
-        rows, rest = self._rows_and_rest(index)
-        if rows is None or all(part == slice(None) for part in rest):
-            whole: torch.Tensor = self._archived[index]
-            return self._cast(whole)
-        shape = tuple(self.get_shape())
-        row = max(1, _elements(shape[1:]))
-        step = max(1, good_step(shape, DTYPES[self._archived.get_dtype()].width, _BLOCK_ELEMENTS) // row)
-        result: torch.Tensor | None = None
-        for lo in range(rows.start, rows.stop, step) or [rows.start]:
-            hi = min(lo + step, rows.stop)
-            block: torch.Tensor = self._archived[(slice(lo, hi), *rest)]
-            if result is None:
-                result = torch.empty(
-                    (len(rows), *block.shape[1:]), dtype=self._cast.result(block.dtype), device=self._cast.device
-                )
-            result[lo - rows.start : hi - rows.start].copy_(block)
-        assert result is not None
-        return result
-
-    def _rows_and_rest(self, index: Index) -> tuple[range | None, list[Any]]:
-        """The rows, if they are a run of them, and what is asked of the other axes."""
-        shape = self.get_shape()
-        parts: list[Any] = list(index) if isinstance(index, tuple) else [index]
-        if parts.count(Ellipsis) == 1 and len(parts) - 1 <= len(shape):
-            place = parts.index(Ellipsis)
-            parts[place : place + 1] = [slice(None)] * (len(shape) - len(parts) + 1)
-        if not parts or not shape or len(parts) > len(shape) or not isinstance(parts[0], slice):
-            return None, []
-        rows = range(*parts[0].indices(shape[0]))
-        return (rows if rows.step == 1 else None), parts[1:]
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
+        """Basic indexing: as of `deltafmt.archive.TensorSlice`."""
+        found: torch.Tensor = self._archived[index]
+        return self._cast(found)

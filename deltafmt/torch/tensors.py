@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from ..operators.base import Read
 from ..pipeline import Pipeline, Pool
 from ..reader import Archive
 from ..rebuild import Rebuilder, read_in_pieces
+from .recipes import prefix, same_as
 
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -53,44 +54,53 @@ def new_cast(device: torch.device | str | None, dtype: torch.dtype | None) -> Ca
         raise UsageError(f"{dtype} is no floating-point dtype of torch", hint="Pass one, such as torch.bfloat16")
     try:
         place = None if device is None else torch.empty(0, device=device).device  # with its number
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
         raise UsageError(f"the device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
     return Cast(place, dtype)
 
 
+def nbytes(archive: Archive, cast: Cast) -> int:
+    """Bytes of all tensors, each name for itself."""
+    return sum(info.count * cast.result(torch_dtype(info.dtype)).itemsize for info in archive.tensors.values())
+
+
+@contextlib.contextmanager
+def room_for(needed: int, device: torch.device | None, hint: str) -> Iterator[None]:
+    """Where a device turns out to have no room for `needed` bytes: raise `UsageError`."""
+    free = torch.cuda.mem_get_info(device)[0] if device is not None and device.type == "cuda" else None
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"there is no room on the device '{device}'",
+            expected=f"{needed} bytes",
+            found=None if free is None else f"{free} bytes that were free",
+            hint=hint,
+        ) from error
+
+
 @dataclass(frozen=True)
 class Item:
-    """Something to be read as a whole: `read` fills all of its bits, in any thread."""
+    """Something to be read as a whole, and what becomes of it: `read` fills all of its bits, in any thread."""
 
     dtype: Dtype
     shape: Shape
     read: Callable[[Bits], object]
+    cast: Cast
+
+    def tensor(self) -> torch.Tensor:
+        tensor = torch.empty(self.shape, dtype=torch_dtype(self.dtype))
+        self.read(tensor.reshape(-1).view(torch.uint8).numpy().view(self.dtype.bits))
+        return self.cast(tensor)
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.nbytes(self.shape)
 
 
-def read_items(items: Mapping[_Key, Item], cast: Cast, pipeline: Pipeline) -> dict[_Key, torch.Tensor]:
+def read_items(items: Mapping[_Key, Item], pipeline: Pipeline) -> dict[_Key, torch.Tensor]:
     """Read all items side by side. Beside the result, a bounded number of bytes is in memory before they are cast."""
-
-    def read(key: _Key) -> torch.Tensor:
-        tensor, bits = _empty(items[key].dtype, items[key].shape)
-        items[key].read(bits)
-        return cast(tensor)
-
-    return dict(pipeline.ordered(items, read, lambda key: items[key].dtype.nbytes(items[key].shape)))
-
-
-def _empty(dtype: Dtype, shape: Shape) -> tuple[torch.Tensor, Bits]:
-    """A tensor, and its memory as flat bits."""
-    tensor = torch.empty(shape, dtype=torch_dtype(dtype))
-    return tensor, tensor.reshape(-1).view(torch.uint8).numpy().view(dtype.bits)
-
-
-def same_as(manifest: Manifest, name: str) -> Ref:
-    """The tensor that `name` is, of the archive or of a base: references that add nothing are followed to their end."""
-    while isinstance(recipe := manifest.tensors[name].recipe, Ref):
-        if recipe.base is not None:
-            return recipe
-        name = recipe.tensor
-    return Ref(name)
+    return dict(pipeline.ordered(items, lambda key: items[key].tensor(), lambda key: items[key].nbytes))
 
 
 def check_bases(archive: Archive, names: Iterable[str]) -> None:
@@ -112,12 +122,21 @@ def check_bases(archive: Archive, names: Iterable[str]) -> None:
 
 
 def read_tensors(
-    archive: Archive, names: Iterable[str], cast: Cast, jobs: int | None = None
+    archive: Archive,
+    names: Iterable[str],
+    cast: Cast,
+    jobs: int | None = None,
+    *,
+    rank: int | None = None,
+    exact: Container[str] = (),
 ) -> dict[str, torch.Tensor]:
     """Rebuild tensors, each of them once; what others refer to comes first, and is not read again for these.
 
     Names that mean the same tensor share one torch tensor. Where `cast` changes something, tensors that others refer to
     are kept as they were until those are done.
+
+    Args:
+        rank: of tensors that are stored as base and factors, use at most so many components; but of those in `exact`.
     """
     meaning = {name: same_as(archive.manifest, name) for name in names}
     wanted = {ref: name if ref.base is not None else ref.tensor for name, ref in reversed(meaning.items())}
@@ -127,28 +146,23 @@ def read_tensors(
         levels = _levels(archive.manifest, list(wanted.values()))
         for number, level in enumerate(levels):
             memory.keep(_referred(archive.manifest, [name for later in levels[number:] for name in later]))
-            tensors |= read_items({name: _whole(archive, name, memory, pool) for name in level}, cast, pipeline)
+            items = {name: _item(archive, name, None if name in exact else rank, memory, pool, cast) for name in level}
+            tensors |= read_items(items, pipeline)
     return {name: tensors[wanted[ref]] for name, ref in meaning.items()}
 
 
-def read_tensor(archive: Archive, name: str, cast: Cast, pool: Pool) -> torch.Tensor:
-    """Rebuild one tensor, its pieces side by side."""
-    rebuilder = archive.rebuilder(name)
-    info = archive.tensors[name]
-    tensor, bits = _empty(info.dtype, info.shape)
-    read_in_pieces(rebuilder, 0, bits.size, bits, pool)
-    return cast(tensor)
-
-
-def _whole(archive: Archive, name: str, memory: _Memory, pool: Pool) -> Item:
+def _item(archive: Archive, name: str, rank: int | None, memory: _Memory, pool: Pool, cast: Cast) -> Item:
     tensor = archive.manifest.tensors[name]
+    cut = None if rank is None else prefix(archive, name, rank)
+    recipe, scope = cut or (tensor.recipe, archive.scope)
 
     def read(bits: Bits) -> None:
-        rebuilder = Rebuilder(tensor.recipe, memory, archive.scope, archive.scope.target(name))
+        rebuilder = Rebuilder(recipe, memory, scope, archive.scope.target(name))
         read_in_pieces(rebuilder, 0, bits.size, bits, pool)
-        memory.offer(name, bits)
+        if cut is None:
+            memory.offer(name, bits)
 
-    return Item(tensor.dtype, tensor.shape, read)
+    return Item(tensor.dtype, tensor.shape, read, cast)
 
 
 class _Memory:
