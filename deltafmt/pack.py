@@ -370,16 +370,17 @@ class _Packer:
         )
 
     def _chunks(self, coding: Coding, running: Any) -> Iterator[list[Any]]:
-        width = coding.encoding.chunk * coding.dtype.width
+        width = coding.together * coding.encoding.chunk * coding.dtype.width
         done = self._done
-        for _, (elements, planes) in self._pipeline.ordered(
-            range(coding.chunks), coding.chunk, lambda _: 2 * width, 32 << 20
+        for _, chunks in self._pipeline.ordered(
+            range(0, coding.chunks, coding.together), coding.several, lambda _: 2 * width, 32 << 20
         ):
-            if running is not None:
-                running.update(elements)
-            self._done += elements.nbytes
-            self._progress(self._done, self._total, "")
-            yield planes
+            for elements, planes in chunks:
+                if running is not None:
+                    running.update(elements)
+                self._done += elements.nbytes
+                self._progress(self._done, self._total, "")
+                yield planes
         self._done = done
 
     @property

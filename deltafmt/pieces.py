@@ -13,7 +13,7 @@ from .pipeline import Pipeline
 from .reader import Archive
 from .rebuild import Rebuilder, good_step
 
-_PIECE_BYTES = 4 << 20
+PIECE_BYTES = 4 << 20
 _AHEAD = 8  # tensors whose recipes are bound, and whose base tensors are verified, before their turn
 
 
@@ -54,7 +54,7 @@ def pieces(archive: Rebuilding, names: Iterable[str], pipeline: Pipeline) -> Ite
 
 def _split(archive: Rebuilding, name: str, rebuilder: Future[Rebuilder]) -> Iterator[Piece]:
     info = archive.tensors[name]
-    step = good_step(info.shape, info.dtype.width, _PIECE_BYTES // info.dtype.width)
+    step = good_step(info.shape, info.dtype.width, PIECE_BYTES // info.dtype.width)
     for lo in range(0, max(info.count, 1), step):
         hi = min(lo + step, info.count)
         yield Piece(name, rebuilder, lo, hi, hi == info.count)

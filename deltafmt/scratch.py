@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+STEP_BYTES = 2 << 20
+"""Of elements: so many chunks go through one step together. Threads wait for each other between the calls of a step, so
+few long ones are better; more would not stay in the cache."""
+
 _LINE = 64  # bytes of a cache line, and of the widest vector registers
 
 

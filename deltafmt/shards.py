@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from .checkpoint import FilePart
 from .digests import checksum, digest
 from .dtypes import DTYPES, Bits, Dtype, Shape
 from .durable import NewFile
-from .encodings import Encoding, decode_chunk
+from .encodings import Encoding, StoredChunk, decode_chunks
 from .encodings.planes import Plane
 from .errors import IntegrityError, MalformedError, UnsupportedError, UsageError
 from .limits import DEFAULT_LIMITS, MAX_INTEGER, Limits
 from .manifest import Array, Manifest, Shard, Sidecar
 from .names import CHUNK_TABLE, SIDECAR_PREFIX, escaped
 from .safetensors_file import CARRIER, Entry, SafetensorsFile
-from .scratch import scratch
+from .scratch import STEP_BYTES, scratch
 from .strictjson import canonical
 
 _AGAIN = "Download the shard again"
@@ -191,16 +191,23 @@ class ArrayReader:
 
     def __call__(self, lo: int, hi: int, out: Bits) -> None:
         """Elements `[lo, hi)` into `out`, as bits. Raises `IntegrityError`, `MalformedError`."""
-        chunk = self._array.encoding.chunk
-        for index in range(lo // chunk, -(-hi // chunk) if hi > lo else lo // chunk):
-            begin, end = index * chunk, min((index + 1) * chunk, self._array.numel)
+        size, count = self._array.encoding.chunk, self._array.numel
+        together = max(STEP_BYTES // (size * self._array.dtype.width), 1)
+        index = lo // size
+        while index * size < hi:
+            begin = index * size
+            end = min(begin + size, count)
             if lo <= begin and end <= hi:
-                self._decode(index, out[begin - lo : end - lo])
+                last = min(index + together, hi // size if hi < count else self._array.encoding.chunks(count))
+                end = min(last * size, count)
+                self._decode(index, last, out[begin - lo : end - lo])
+                index = last
             else:
                 whole = scratch("partial chunk", self._array.dtype.bits, end - begin)
-                self._decode(index, whole)
+                self._decode(index, index + 1, whole)
                 first, last = max(lo, begin), min(hi, end)
                 np.copyto(out[first - lo : last - lo], whole[first - begin : last - begin])
+                index += 1
 
     def stored_bytes(self, count: int) -> int:
         """Bytes in the file of the chunks that hold the first `count` elements."""
@@ -209,54 +216,65 @@ class ArrayReader:
 
     def planes(self, index: int) -> list[Plane]:
         """The stored bytes of a chunk's planes. Raises as reading does."""
-        size, ends, where = self._chunk(index)
-        stored = np.empty(size, np.uint8)
-        self._read(index, stored, where)
-        return [stored[begin:end] for begin, end in pairwise([0, *ends])]
+        (where,) = self._places(index, index + 1)
+        stored = np.empty(self._offset(index + 1) - self._offset(index), np.uint8)
+        (chunk,) = self._read(index, [where], stored)
+        return [chunk.stored[begin:end] for begin, end in pairwise([0, *chunk.ends])]
 
-    def _decode(self, index: int, out: Bits) -> None:
-        size, ends, where = self._chunk(index)
-        raw = self._array.encoding.is_raw and size == out.nbytes
-        stored = out.view(np.uint8) if raw else scratch("stored chunk", np.uint8, size)
-        self._read(index, stored, where)
-        if not raw:
-            decode_chunk(stored, ends, self._array.encoding, out, where)
+    def _decode(self, first: int, last: int, out: Bits) -> None:
+        """Chunks `[first, last)` into `out`."""
+        places = self._places(first, last)
+        size = self._offset(last) - self._offset(first)
+        if self._array.encoding.is_raw and size == out.nbytes:
+            self._read(first, places, out.view(np.uint8))
+        else:
+            chunks = self._read(first, places, scratch("stored chunks", np.uint8, size))
+            decode_chunks(chunks, self._array.encoding, out)
 
-    def _chunk(self, index: int) -> tuple[int, list[int], str]:
-        """Stored bytes of a chunk, where each plane ends in them, and what to call it. Raises `MalformedError`."""
-        row = self._rows[index].tolist()
-        begin = self._offset(index)
-        size = row[-1] - begin
-        place = f"bytes {self._begin + begin} to {self._begin + row[-1]}"
-        where = f"{self._file.path}: '{escaped(self._name)}', chunk {index}, {place}"
-        elements = min(self._array.encoding.chunk, self._array.numel - index * self._array.encoding.chunk)
-        longest = self._array.encoding.longest(elements * self._array.dtype.width)
-        if size > longest:
-            raise MalformedError(
-                "a chunk is longer than its elements",
-                where=where,
-                expected=f"at most {longest}",
-                found=size,
-                reason="chunk-size",
-            )
-        return size, [end - begin for end in row[1:]], where
+    def _places(self, first: int, last: int) -> list[str]:
+        """What to call each of chunks `[first, last)`. Raises `MalformedError` if one is longer than may be."""
+        array, places = self._array, []
+        for index in range(first, last):
+            begin, end = self._offset(index), self._offset(index + 1)
+            place = f"bytes {self._begin + begin} to {self._begin + end}"
+            places.append(f"{self._file.path}: '{escaped(self._name)}', chunk {index}, {place}")
+            elements = min(array.encoding.chunk, array.numel - index * array.encoding.chunk)
+            longest = array.encoding.longest(elements * array.dtype.width)
+            if end - begin > longest:
+                raise MalformedError(
+                    "a chunk is longer than its elements",
+                    where=places[-1],
+                    expected=f"at most {longest}",
+                    found=end - begin,
+                    reason="chunk-size",
+                )
+        return places
+
+    def _read(self, first: int, places: Sequence[str], stored: Plane) -> list[StoredChunk]:
+        """The stored bytes of chunks from `first` on, in `stored`. Raises `IntegrityError`."""
+        start = self._offset(first)
+        self._file.read_into(self._begin + start, stored)
+        chunks: list[StoredChunk] = []
+        for index, where in enumerate(places, first):
+            expected, *row = self._rows[index].tolist()
+            begin = self._offset(index)
+            chunk = StoredChunk(stored[begin - start : row[-1] - start], [end - begin for end in row], where)
+            found = checksum(chunk.stored)
+            if found != expected:
+                raise IntegrityError(
+                    "the chunk does not match its checksum",
+                    where=where,
+                    expected=f"{expected:016x}",
+                    found=f"{found:016x}",
+                    hint=_AGAIN,
+                    reason="chunk-checksum",
+                )
+            chunks.append(chunk)
+        return chunks
 
     def _offset(self, index: int) -> int:
+        """Where a chunk begins, in the array's bytes."""
         return int(self._rows[index - 1, -1]) if index else 0
-
-    def _read(self, index: int, stored: Plane, where: str) -> None:
-        """Raises `IntegrityError`."""
-        expected = int(self._rows[index, 0])
-        self._file.read_into(self._begin + self._offset(index), stored)
-        if (found := checksum(stored)) != expected:
-            raise IntegrityError(
-                "the chunk does not match its checksum",
-                where=where,
-                expected=f"{expected:016x}",
-                found=f"{found:016x}",
-                hint=_AGAIN,
-                reason="chunk-checksum",
-            )
 
 
 class ShardWriter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 from collections.abc import Iterator
@@ -100,7 +101,7 @@ def test_agreement_and_divergence_are_those_of_their_definitions(llama: Any) -> 
 
 def test_many_positions_are_scored_in_slices(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluate(llama, IDS, reference=new_llama(1), length=130)
-    monkeypatch.setattr("deltafmt.deltallm.evaluate._ROWS", 7)
+    monkeypatch.setattr(importlib.import_module("deltafmt.deltallm.evaluate"), "_ROWS", 7)
     sliced = evaluate(llama, IDS, reference=new_llama(1), length=130)
     assert sliced.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
     assert sliced.kl == pytest.approx(whole.kl, rel=1e-6)
@@ -221,7 +222,7 @@ def test_each_weight_is_the_truncated_svd(name: str, request: pytest.FixtureRequ
     left, values, right = torch.linalg.svd(module.weight.detach().double())  # type: ignore[operator]
     rank = found.factors.rank
     expected = (left[:, :rank] * values[:rank]) @ right[:rank]
-    torch.testing.assert_close(found.weight.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.merged_weight().double(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -233,7 +234,8 @@ def test_with_moments_the_output_is_nearer(name: str, request: pytest.FixtureReq
 
     @torch.no_grad()
     def error(of: nn.Module, chosen: str) -> float:
-        difference: Any = of.get_submodule(chosen).weight - model.get_submodule(chosen).weight
+        layer: Any = of.get_submodule(chosen)
+        difference: Any = layer.merged_weight() - model.get_submodule(chosen).weight
         if difference.shape[1] != len(moments[chosen]) or name == "gpt2":
             difference = difference.t()
         return float((difference @ moments[chosen] @ difference.t()).trace())

@@ -200,8 +200,18 @@ def test_training_brings_the_student_to_the_teacher(tmp_path: Path) -> None:
         assert line["loss"] == pytest.approx(0.01 * line["cross_entropy"] + line["kl"])
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as at a terminal: whoever runs in the background may have none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("options", [{}, {"norms": True, "lora": 2}])
-def test_a_training_that_was_interrupted_ends_the_same(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_training_that_was_interrupted_ends_the_same(
+    options: dict[str, Any], tmp_path: Path, interruptible: None
+) -> None:
     training = Training(**(vars(SHORT) | options | {"accumulate": 2, "tokens": 2048, "checkpoint_every": 5}))
     assert training.steps == 16
     teacher, student, structure = pair(llama())

@@ -61,11 +61,12 @@ def test_groups_and_their_order(count: int, dtype: str, size: int) -> None:
     bits = predicted ^ random.integers(0, 2, size).astype(kind.bits)  # the last place, of some
     group = [sum(bound <= key for bound in bounds) for key in keys.tolist()]
     order = sorted(range(size), key=group.__getitem__)
-    found, lengths = difference_in_groups(groups, groups.of_exponents(predicted, kind), bits, predicted, kind)
-    assert lengths == [group.count(number) for number in range(count + 1)]
+    grouping = groups.of_exponents(predicted, kind)
+    found, lengths = difference_in_groups(groups, grouping, max(size, 1), bits, predicted, kind)
+    assert lengths == [[group.count(number) for number in range(count + 1)]][: size > 0]
     assert found.tolist() == difference(bits, predicted, kind)[order].tolist()
     out = predicted.copy()
-    correct_in_groups(groups, groups.of_exponents(predicted, kind), found, kind, out)
+    correct_in_groups(groups, groups.of_exponents(predicted, kind), max(out.size, 1), found, kind, out)
     assert out.tolist() == bits.tolist()
 
 
@@ -78,10 +79,11 @@ def test_few_misses_and_many(misses: int, dtype: str) -> None:
     bits, where = predicted.copy(), random.choice(predicted.size, misses, replace=False)
     bits[where] += random.integers(1, 1000, misses).astype(kind.bits)
     groups = Groups("exponent", (125, 126, 1021))
-    grouped, _ = difference_in_groups(groups, groups.of_exponents(predicted, kind), bits, predicted, kind)
+    grouping = groups.of_exponents(predicted, kind)
+    grouped, _ = difference_in_groups(groups, grouping, max(bits.size, 1), bits, predicted, kind)
     assert np.count_nonzero(grouped) == misses
     out = predicted.copy()
-    correct_in_groups(groups, groups.of_exponents(predicted, kind), grouped, kind, out)
+    correct_in_groups(groups, groups.of_exponents(predicted, kind), max(out.size, 1), grouped, kind, out)
     assert np.array_equal(out, bits)
 
 
@@ -196,9 +198,9 @@ def patched(
         part = slice(lo, lo + chunk)
         by_margin = groups.by == "margin"
         grouping = groups.of_margins(values[part], kind) if by_margin else groups.of_exponents(predicted[part], kind)
-        residual, counts = difference_in_groups(groups, grouping, bits[part], predicted[part], kind)
+        residual, counts = difference_in_groups(groups, grouping, chunk, bits[part], predicted[part], kind)
         parts.append(residual)
-        lengths.append(counts)
+        lengths += counts
     return recipe, np.concatenate(parts), lengths
 
 
@@ -240,10 +242,17 @@ def test_stored_order_and_residuals_by_hand() -> None:
     base = np.array([0x4000, 0x3F00, 0x3F80, 0xBF80, 0x3F00, 0xC000], np.uint16)
     tuned = np.array([0x4001, 0x3F00, 0x3F7F, 0xBF81, 0x3F02, 0xC000], np.uint16)
     groups, dtype = Groups("exponent", (127, 128)), DTYPES["BF16"]
-    found, lengths = difference_in_groups(groups, groups.of_exponents(base, dtype), tuned, base, dtype)
+    found, lengths = difference_in_groups(groups, groups.of_exponents(base, dtype), 6, tuned, base, dtype)
     # 0.5: 0 and +2; 1.0: -1, and the more negative -1; 2.0: +1 and 0; zigzag
     assert found.tolist() == [0, 4, 1, 1, 2, 0]
-    assert lengths == [2, 2, 2]
+    assert lengths == [[2, 2, 2]]
+    # Chunks of four: each is in order by itself.
+    found, lengths = difference_in_groups(groups, groups.of_exponents(base, dtype), 4, tuned, base, dtype)
+    assert found.tolist() == [0, 1, 1, 2, 4, 0]
+    assert lengths == [[1, 2, 1], [1, 0, 1]]
+    out = base.copy()
+    correct_in_groups(groups, groups.of_exponents(base, dtype), 4, found, dtype, out)
+    assert out.tolist() == tuned.tolist()
 
 
 @pytest.mark.parametrize(
@@ -280,7 +289,7 @@ def test_misses_across_the_border_are_one_symbol() -> None:
 
     rounded = np.array([0x3F80, 0x3F81, 0xBF80, 0xBF81], np.uint16)
     groups, dtype = Groups("margin", (110,)), DTYPES["BF16"]
-    found, _ = difference_in_groups(groups, groups.of_margins(values, dtype), bits, rounded, dtype)
+    found, _ = difference_in_groups(groups, groups.of_margins(values, dtype), 4, bits, rounded, dtype)
     assert found.tolist() == [1, 1, 1, 1]
 
 
@@ -321,9 +330,9 @@ def test_groups_are_smaller_than_a_plain_patch() -> None:
     start, tuned = bits_of(base, "BF16"), bits_of(base + random.normal(0, 2e-4, base.size), "BF16")
     groups = Groups("exponent", (118, 119, 120, 121, 122))
     grouping = groups.of_exponents(start, DTYPES["BF16"])
-    grouped, lengths = difference_in_groups(groups, grouping, tuned, start, DTYPES["BF16"])
+    grouped, lengths = difference_in_groups(groups, grouping, tuned.size, tuned, start, DTYPES["BF16"])
     plain = encode_chunk(difference(tuned, start, DTYPES["BF16"]), Encoding("planes", "zstd", 1 << 18))
-    (chunk,) = encode_chunk(grouped, Encoding("segments", "zstd", 1 << 18), lengths=lengths)
+    (chunk,) = encode_chunk(grouped, Encoding("segments", "zstd", 1 << 18), lengths=lengths[0])
     assert len(chunk) < 0.9 * sum(memoryview(plane).nbytes for plane in plain)
 
 

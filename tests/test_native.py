@@ -64,12 +64,12 @@ def test_segments(width: int, signed: bool, parts: list[tuple[int, int]], seed: 
     lengths = [size for size, _ in parts]
     if elements.size == 0:
         return
-    found = segments.encode(elements, signed, lengths)
+    (found,) = segments.encode(elements, signed, [lengths])
     read, read_again = np.empty_like(elements), np.empty_like(elements)
-    segments.decode(np.frombuffer(found, np.uint8), signed, read, "")
+    segments.decode([np.frombuffer(found, np.uint8)], signed, [read], read, "")
     patching = without_kernels()
-    expected = segments.encode(elements, signed, lengths)
-    segments.decode(np.frombuffer(found, np.uint8), signed, read_again, "")
+    (expected,) = segments.encode(elements, signed, [lengths])
+    segments.decode([np.frombuffer(found, np.uint8)], signed, [read_again], read_again, "")
     patching.undo()
     assert found == expected
     assert np.array_equal(read, elements)

@@ -12,9 +12,19 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltafmt import DeltafmtError
+from deltafmt import DeltafmtError, MalformedError
 from deltafmt.dtypes import DTYPES
-from deltafmt.encodings import Encoding, best_low_bits, decode_chunk, encode_chunk, integers, residuals
+from deltafmt.encodings import (
+    Encoding,
+    StoredChunk,
+    best_low_bits,
+    decode_chunk,
+    decode_chunks,
+    encode_chunk,
+    encode_chunks,
+    integers,
+    residuals,
+)
 from hostile import Json
 
 INTEGERS = ("U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64")
@@ -217,3 +227,50 @@ def test_dtypes_and_coder(dtype: str, coder: str, accepted: bool) -> None:
 
 def test_residuals_are_cut_as_the_tensor_is() -> None:
     assert residuals(DTYPES["U16"], (1000, 384)).chunk % 384 == 0
+
+
+# --- Several chunks in one step -------------------------------------------------------------------------------------
+
+FOUR = [
+    Encoding("segments", "zstd", 1000),
+    Encoding("planes", "zstd", 1000),
+    Encoding("none", "zstd", 1000),
+    Encoding("none", "none", 1000),
+]
+
+
+def chunked(each: Encoding) -> tuple[npt.NDArray[np.uint16], list[StoredChunk]]:
+    """Elements of four chunks, the last one short, encoded in one step."""
+    values = np.random.default_rng(0).geometric(0.3, 3400).astype(np.uint16)
+    lengths = [[400, 600], [0, 1000], [999, 1], [400]] if each.filter == "segments" else None
+    chunks = [[bytes(plane) for plane in planes] for planes in encode_chunks(values, each, lengths=lengths)]
+    for index, planes in enumerate(chunks):
+        part = values[1000 * index : 1000 * (index + 1)]
+        own = None if lengths is None else lengths[index]
+        assert planes == [bytes(plane) for plane in encode_chunk(part, each, lengths=own)]
+    return values, [
+        StoredChunk(
+            np.frombuffer(b"".join(planes), np.uint8), np.cumsum([*map(len, planes)]).tolist(), f"chunk {index}"
+        )
+        for index, planes in enumerate(chunks)
+    ]
+
+
+@pytest.mark.parametrize("each", FOUR, ids=lambda each: f"{each.filter}-{each.coder}")
+def test_chunks_in_one_step_are_the_chunks_one_by_one(each: Encoding) -> None:
+    values, chunks = chunked(each)
+    out = np.empty_like(values)
+    decode_chunks(chunks, each, out)
+    assert np.array_equal(out, values)
+    decode_chunks(chunks[1:3], each, out[:2000])
+    assert np.array_equal(out[:2000], values[1000:3000])
+
+
+@pytest.mark.parametrize("each", FOUR, ids=lambda each: f"{each.filter}-{each.coder}")
+def test_of_several_chunks_the_damaged_one_is_named(each: Encoding) -> None:
+    values, chunks = chunked(each)
+    cut = chunks[2].stored[:-1]
+    chunks[2] = chunks[2]._replace(stored=cut, ends=[*chunks[2].ends[:-1], cut.size])
+    with pytest.raises(MalformedError, match="chunk 2") as caught:
+        decode_chunks(chunks, each, np.empty_like(values))
+    assert caught.value.reason == "chunk-size"

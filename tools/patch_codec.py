@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from deltafmt.dtypes import DTYPES, Shape
-from deltafmt.encodings import decode_chunk
+from deltafmt.encodings import StoredChunk, decode_chunks
 from deltafmt.methods.lossless import Coding, candidates, smallest
 from deltafmt.methods.prediction import Elements, Referred
 from deltafmt.operators import Facts, Operator, Patch, Ref, Stored, Target, Value
 from deltafmt.operators.base import Read
+from deltafmt.pieces import PIECE_BYTES
+from deltafmt.rebuild import good_step
 from plain_checkpoint import Array
 
 
@@ -80,8 +82,9 @@ class _Memory:
     def array_reader(self, name: str) -> Read:
         def read(lo: int, hi: int, out: Array) -> None:
             # Only whole chunks are asked for.
-            stored, ends = self._chunks[lo // self._coding.encoding.chunk]
-            decode_chunk(stored, ends, self._coding.encoding, out, self._tuned.name)
+            encoding = self._coding.encoding
+            chunks = self._chunks[lo // encoding.chunk : encoding.chunks(hi)]
+            decode_chunks([StoredChunk(*chunk, self._tuned.name) for chunk in chunks], encoding, out)
 
         return read
 
@@ -101,21 +104,21 @@ def encode(tensors: Sequence[Tuned], pool: ThreadPoolExecutor) -> list[Encoded]:
         return smallest(candidates(Elements(dtype, tuned.shape, tuned.bits), [base]))
 
     codings = list(pool.map(coding, tensors))
-    chunks = [pool.map(coding.chunk, range(coding.chunks)) for coding in codings]
+    chunks = [pool.map(coding.several, range(0, coding.chunks, coding.together)) for coding in codings]
     return [
-        Encoded(tuned, coding, [planes for _, planes in found])
+        Encoded(tuned, coding, [planes for several in found for _, planes in several])
         for tuned, coding, found in zip(tensors, codings, chunks, strict=True)
     ]
 
 
 def decode(encoded: Sequence[Encoded], pool: ThreadPoolExecutor) -> list[Array]:
-    """The way back, into fresh memory."""
+    """The way back, into fresh memory, in pieces as large as those of `unpack`."""
     outs = [np.empty_like(each.tuned.bits) for each in encoded]
     jobs = [
-        (value, begin, min(begin + each.coding.encoding.chunk, out.size), out)
+        (value, begin, min(begin + step, out.size), out)
         for each, out in zip(encoded, outs, strict=True)
-        for value in [each.value()]
-        for begin in range(0, out.size, each.coding.encoding.chunk)
+        for value, step in [(each.value(), good_step(each.tuned.shape, out.itemsize, PIECE_BYTES // out.itemsize))]
+        for begin in range(0, out.size, step)
     ]
 
     def rebuild(job: tuple[Value, int, int, Array]) -> None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from ..dtypes import Bits, Dtype
 from ..errors import MalformedError, UnsupportedError
@@ -18,6 +18,7 @@ from ..limits import CHUNK_BYTES, MAX_INTEGER
 from ..scratch import scratch
 from ..strictjson import Record
 from . import planes, segments, zstd
+from .planes import Plane
 
 FILTERS = ("none", "planes", "float-planes", "segments")
 CODERS = ("none", "zstd")
@@ -149,32 +150,66 @@ def encode_chunk(
     lengths: Sequence[int] | None = None,
     low_bits: Sequence[int] | None = None,
 ) -> list[Any]:
-    """Encode the elements of one chunk.
+    """Encode the elements of one chunk: see `encode_chunks`."""
+    return _encode([bits], bits, encoding, thorough, None if lengths is None else [lengths], low_bits)[0]
+
+
+def encode_chunks(
+    bits: Bits,
+    encoding: Encoding,
+    thorough: bool = False,
+    lengths: Sequence[Sequence[int]] | None = None,
+    low_bits: Sequence[int] | None = None,
+) -> list[list[Any]]:
+    """Encode the elements of chunks that follow one another, all together: between calls, threads wait for each other.
 
     Args:
-        bits: `[m]` elements as unsigned integers of their width.
+        bits: `[m]` elements as unsigned integers of their width; of each chunk as many as the encoding says, but of the
+            last.
         thorough: spend time on finding repeats, as in text.
-        lengths: elements of each segment (`segments` only); as the encoding says if None.
+        lengths: of each chunk the elements of each segment (`segments` only); as the encoding says if None.
         low_bits: how these segments are best packed, by `best_low_bits`; found out anew if None.
 
     Returns:
-        The stored bytes of each plane (bytes-like, in order). Of a raw encoding they are `bits` itself, otherwise they
-        share no memory with anything.
+        Of each chunk the stored bytes of each plane (bytes-like, in order). Of a raw encoding they are `bits` itself,
+        otherwise they share no memory with anything.
     """
+    parts = [bits[begin : begin + encoding.chunk] for begin in range(0, bits.size, encoding.chunk)]
+    return _encode(parts, bits, encoding, thorough, lengths, low_bits)
+
+
+def _encode(
+    parts: Sequence[Bits],
+    bits: Bits,
+    encoding: Encoding,
+    thorough: bool,
+    lengths: Sequence[Sequence[int]] | None,
+    low_bits: Sequence[int] | None,
+) -> list[list[Any]]:
     if encoding.is_raw:
-        return [bits.view(np.uint8)]
+        return [[part.view(np.uint8)] for part in parts]
     if encoding.filter == "segments":
-        if lengths is None:
-            step = encoding.segment or bits.size
-            lengths = [min(step, bits.size - begin) for begin in range(0, bits.size, step)]
-        return [segments.encode(bits, encoding.signed, lengths, low_bits)]
+        of_chunks = lengths or [_even(part.size, encoding.segment or part.size) for part in parts]
+        return [[chunk] for chunk in segments.encode(bits, encoding.signed, of_chunks, low_bits)]
     if encoding.filter == "none":
-        separated = bits.view(np.uint8).reshape(1, -1)
+        separated = [part.view(np.uint8) for part in parts]
     else:
-        separated = scratch("encode planes", np.uint8, bits.nbytes).reshape(bits.itemsize, -1)
-        planes.split(bits, encoding.filter == "float-planes", list(separated))
-    stored = zstd.compress(list(separated), thorough)
-    return [plane.tobytes() if isinstance(plane, np.ndarray) else plane for plane in stored]
+        room = scratch("encode planes", np.uint8, bits.nbytes)
+        separated = []
+        for part in parts:
+            own = list(room[: part.nbytes].reshape(bits.itemsize, -1))
+            room = room[part.nbytes :]
+            planes.split(part, encoding.filter == "float-planes", own)
+            separated += own
+    stored = iter(zstd.compress(separated, thorough))
+    each = len(separated) // max(len(parts), 1)
+    return [
+        [plane.tobytes() if isinstance(plane, np.ndarray) else plane for plane in islice(stored, each)] for _ in parts
+    ]
+
+
+def _even(count: int, length: int) -> list[int]:
+    return [min(length, count - begin) for begin in range(0, count, length)]
 
 
 def best_low_bits(chunks: Sequence[tuple[Bits, Sequence[int]]], encoding: Encoding, effort: int = 1) -> list[int]:
@@ -187,33 +222,63 @@ def best_low_bits(chunks: Sequence[tuple[Bits, Sequence[int]]], encoding: Encodi
     return segments.best_low_bits(chunks, encoding.signed, effort)
 
 
-def decode_chunk(stored: npt.NDArray[np.uint8], ends: Sequence[int], encoding: Encoding, out: Bits, where: str) -> None:
-    """Decode one chunk (its checksum already checked) into `out`.
+class StoredChunk(NamedTuple):
+    """One chunk as it is stored, its checksum already checked.
+
+    Attributes:
+        stored: the bytes of its planes.
+        ends: where each plane ends in them; the last is their number.
+        where: what to call it in an error.
+    """
+
+    stored: Plane
+    ends: Sequence[int]
+    where: str
+
+
+def decode_chunk(stored: Plane, ends: Sequence[int], encoding: Encoding, out: Bits, where: str) -> None:
+    """Decode one chunk into `out`: see `decode_chunks`."""
+    decode_chunks([StoredChunk(stored, ends, where)], encoding, out)
+
+
+def decode_chunks(chunks: Sequence[StoredChunk], encoding: Encoding, out: Bits) -> None:
+    """Decode chunks that follow one another, all together: between calls, threads wait for each other.
 
     Args:
-        stored: the chunk's stored bytes.
-        ends: where each plane ends in `stored`; the last is its length.
-        out: `[m]` elements as unsigned integers.
+        out: `[m]` elements as unsigned integers; of each chunk as many as the encoding says, but of the last.
 
     Raises:
         MalformedError: a plane does not come to its size (reason `chunk-size`).
     """
+    size = encoding.chunk if len(chunks) > 1 else out.size
+    parts = [out[begin : begin + size] for begin in range(0, out.size, size)]
+    try:
+        _decode(chunks, encoding, out, parts)
+    except MalformedError:
+        for chunk, part in zip(chunks, parts, strict=True):
+            _decode([chunk], encoding, part, [part])  # raises for the one that it is
+        raise
+
+
+def _decode(chunks: Sequence[StoredChunk], encoding: Encoding, out: Bits, parts: Sequence[Bits]) -> None:
+    where = chunks[0].where
     if encoding.is_raw:
-        if stored.size != out.nbytes:
-            raise MalformedError(
-                "a chunk has another size", where=where, expected=out.nbytes, found=stored.size, reason="chunk-size"
-            )
-        np.copyto(out.view(np.uint8), stored)
+        for chunk, part in zip(chunks, parts, strict=True):
+            if chunk.stored.size != part.nbytes:
+                what = "a chunk has another size"
+                found = chunk.stored.size
+                raise MalformedError(what, where=where, expected=part.nbytes, found=found, reason="chunk-size")
+            np.copyto(part.view(np.uint8), chunk.stored)
         return
     if encoding.filter == "segments":
-        segments.decode(stored, encoding.signed, out, where)
+        segments.decode([chunk.stored for chunk in chunks], encoding.signed, parts, out, where)
         return
-    size = out.nbytes if encoding.filter == "none" else out.size
-    begins = (0, *ends[:-1])
-    separated = zstd.decompress(
-        [stored[begin:end] for begin, end in zip(begins, ends, strict=True)], [size] * len(ends), where
-    )
-    if encoding.filter == "none":
-        np.copyto(out.view(np.uint8), separated[0])
-    else:
-        planes.merge(separated, encoding.filter == "float-planes", out)
+    stored = [chunk.stored[begin:end] for chunk in chunks for begin, end in pairwise([0, *chunk.ends])]
+    sizes = [part.nbytes // len(chunk.ends) for chunk, part in zip(chunks, parts, strict=True) for _ in chunk.ends]
+    separated = iter(zstd.decompress(stored, sizes, where))
+    for chunk, part in zip(chunks, parts, strict=True):
+        own = list(islice(separated, len(chunk.ends)))
+        if encoding.filter == "none":
+            np.copyto(part.view(np.uint8), own[0])
+        else:
+            planes.merge(own, encoding.filter == "float-planes", part)

@@ -24,7 +24,7 @@ SLACK = 64
 
 _MOST = 65_536  # segments of a chunk
 _LOW_BITS = (1, 2, 4, 8)
-_SAMPLE = 4096  # elements that are coded in every way to find the best: the tables of the others are lost on them
+_SAMPLE = 2048  # elements that are coded in every way to find the best: the tables of the others are lost on them
 _WORD = np.dtype("<u4")
 _PROBLEMS: dict[native.Problem, str] = {
     "bits left over": "bits behind the last symbol of a segment",
@@ -51,18 +51,25 @@ def _columns(kinds: Sequence[_Kind]) -> tuple[list[int], list[int], list[int]]:
 # Writing
 
 
-def encode(bits: Bits, signed: bool, lengths: Sequence[int], low_bits: Sequence[int] | None = None) -> bytes:
-    """One chunk.
+def encode(
+    bits: Bits, signed: bool, lengths: Sequence[Sequence[int]], low_bits: Sequence[int] | None = None
+) -> list[bytes]:
+    """Some chunks.
 
     Args:
         bits: `[m]` elements as unsigned integers of their width.
         signed: whether they stand for signed integers.
-        lengths: elements of each segment; their sum is `m`. Empty ones are left out.
-        low_bits: of each segment, what `best_low_bits` found for elements like these; found anew if None.
+        lengths: of each chunk the elements of each segment; the sum of all is `m`. Empty segments are left out.
+        low_bits: of each segment, what `best_low_bits` found for elements like these; if None, found anew for each.
     """
     values = _fold(bits) if signed else bits
-    chunk = _encode(values, lengths, low_bits or best_low_bits([(values, lengths)], signed=False))
-    return chunk if len(chunk) <= bits.nbytes + SLACK else _encode(values, [values.size], [8])
+    parts = _cut(values, [sum(of_chunk) for of_chunk in lengths])
+    best = [low_bits or best_low_bits([chunk], signed=False) for chunk in zip(parts, lengths, strict=True)]
+    chunks = _encode(values, lengths, best)
+    return [
+        chunk if len(chunk) <= part.nbytes + SLACK else _encode(part, [[part.size]], [[8]])[0]
+        for chunk, part in zip(chunks, parts, strict=True)
+    ]
 
 
 def best_low_bits(chunks: Sequence[tuple[Bits, Sequence[int]]], signed: bool, effort: int = 1) -> list[int]:
@@ -75,7 +82,7 @@ def best_low_bits(chunks: Sequence[tuple[Bits, Sequence[int]]], signed: bool, ef
         signed: as in `encode`.
         effort: how many samples to take.
     """
-    cut = [np.split(_fold(bits) if signed else bits, list(accumulate(lengths))[:-1]) for bits, lengths in chunks]
+    cut = [_cut(_fold(bits) if signed else bits, lengths) for bits, lengths in chunks]
     samples = [_sample(alike, effort * _SAMPLE) for alike in zip(*cut, strict=True)]
     ways = [_ways(sample) for sample in samples]
     tried = [(sample, bits) for sample, of_sample in zip(samples, ways, strict=True) for bits in of_sample]
@@ -105,20 +112,26 @@ def _ways(sample: Bits) -> Sequence[int]:
     return _LOW_BITS[2:] if 2 * np.count_nonzero(sample >> 2) > sample.size else _LOW_BITS[1:]
 
 
-def _encode(values: Bits, lengths: Sequence[int], low_bits: Sequence[int]) -> bytes:
-    kinds = _kinds(values, lengths, low_bits)
-    planes = _stored(_split(values, kinds))
-    directory: list[int] = [len(kinds)]
-    sizes = (len(plane) for plane in planes)
-    for kind in kinds:
-        directory += kind.elements, kind.low_bits + 256 * kind.planes, *islice(sizes, kind.planes)
-    return b"".join([np.array(directory, _WORD).tobytes(), *planes])
+def _encode(values: Bits, lengths: Sequence[Sequence[int]], low_bits: Sequence[Sequence[int]]) -> list[bytes]:
+    """All chunks in one step. `low_bits`: of each segment of each."""
+    maxima = iter(_maxima(values, [count for of_chunk in lengths for count in of_chunk]))
+    kinds = [_kinds(*of_chunk, maxima) for of_chunk in zip(lengths, low_bits, strict=True)]
+    planes = iter(_stored(_split(values, [kind for of_chunk in kinds for kind in of_chunk])))
+    chunks: list[bytes] = []
+    for of_chunk in kinds:
+        own = list(islice(planes, sum(kind.planes for kind in of_chunk)))
+        directory: list[int] = [len(of_chunk)]
+        sizes = (len(plane) for plane in own)
+        for kind in of_chunk:
+            directory += kind.elements, kind.low_bits + 256 * kind.planes, *islice(sizes, kind.planes)
+        chunks.append(b"".join([np.array(directory, _WORD).tobytes(), *own]))
+    return chunks
 
 
-def _kinds(values: Bits, lengths: Sequence[int], low_bits: Sequence[int]) -> list[_Kind]:
-    """How each segment that is not empty is packed."""
+def _kinds(lengths: Sequence[int], low_bits: Sequence[int], maxima: Iterator[int]) -> list[_Kind]:
+    """How each segment of a chunk that is not empty is packed. Takes the largest element of each from `maxima`."""
     kinds: list[_Kind] = []
-    for count, bits, most in zip(lengths, low_bits, _maxima(values, lengths), strict=True):
+    for count, bits, most in zip(lengths, low_bits, islice(maxima, len(lengths)), strict=True):
         if most > 0:
             kinds.append(_Kind(count, bits or 8, _plane_count(most, bits or 8)))
         elif count > 0:
@@ -126,12 +139,16 @@ def _kinds(values: Bits, lengths: Sequence[int], low_bits: Sequence[int]) -> lis
     return kinds
 
 
+def _cut(values: Bits, lengths: Sequence[int]) -> list[Bits]:
+    """Pieces of these lengths."""
+    return [values[end - length : end] for end, length in zip(accumulate(lengths), lengths, strict=True)]
+
+
 def _maxima(values: Bits, lengths: Sequence[int]) -> list[int]:
     """Of each segment a number as many bits long as its largest."""
     if native.available():
         return native.segment_maxima(values, lengths)
-    parts = np.split(values, list(accumulate(lengths))[:-1])
-    return [int(part.max(initial=0)) for part in parts]
+    return [int(part.max(initial=0)) for part in _cut(values, lengths)]
 
 
 def _split(values: Bits, kinds: Sequence[_Kind]) -> list[Plane]:
@@ -199,12 +216,16 @@ def _fold(bits: Bits) -> Bits:
 # Reading
 
 
-def decode(stored: Plane, signed: bool, out: Bits, where: str) -> None:
-    """Undo `encode`: one chunk into `out`, `[m]` elements. Raises `MalformedError` (reason `chunk-size`)."""
-    kinds, lengths, position = _directory(stored, out, where)
+def decode(chunks: Sequence[Plane], signed: bool, parts: Sequence[Bits], out: Bits, where: str) -> None:
+    """Undo `encode`: chunks into `out`, of which `parts` are theirs. Raises `MalformedError` (reason `chunk-size`)."""
+    kinds: list[_Kind] = []
+    stored: list[Plane] = []
+    for chunk, part in zip(chunks, parts, strict=True):
+        own, lengths, position = _directory(chunk, part, where)
+        kinds += own
+        stored += [chunk[begin:end] for begin, end in pairwise(accumulate(lengths, initial=position))]
     sizes = [kind.plane_size(index) for kind in kinds for index in range(kind.planes)]
-    ends = list(accumulate(lengths, initial=position))
-    planes = zstd.decompress([stored[begin:end] for begin, end in pairwise(ends)], sizes, where)
+    planes = zstd.decompress(stored, sizes, where)
     if native.available():
         problem = native.merge_segments(planes, *_columns(kinds), out)
         if problem is not None:

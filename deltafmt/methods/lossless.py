@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..dtypes import DTYPES, Bits, Dtype
-from ..encodings import Encoding, best_low_bits, compressed, encode_chunk, raw, residuals
+from ..encodings import Encoding, best_low_bits, compressed, encode_chunk, encode_chunks, raw, residuals
 from ..operators import Operator, Patch, Stored
 from ..operators.groups import Groups
 from ..operators.patch import difference, difference_in_groups
+from ..scratch import STEP_BYTES
 from ..writer import ArchiveWriter
 from .merged import computed
 from .prediction import Elements, Prediction, Referred
@@ -25,7 +26,7 @@ _SMALL = 1 << 14  # elements; the groups of a larger tensor always pay
 class Coding:
     """How to store one tensor's elements: as they are, or as the residual of a prediction.
 
-    `chunk(index)` is independent of every other, so chunks are encoded in parallel.
+    Chunks are independent of each other, so `several` may run side by side.
 
     Attributes:
         groups: how the residuals are grouped, if they are; the encoding is then `encodings.residuals`.
@@ -54,31 +55,47 @@ class Coding:
             return Stored(array)
         return Patch(self.prediction.write(name, writer), Stored(array), self.groups)
 
-    def chunk(self, index: int) -> tuple[Bits, list[Any]]:
-        """One chunk: its elements, and the stored bytes of its planes."""
-        if (known := self._encoded.pop(index, None)) is not None:
-            return known
-        elements, lengths = self._elements(index)
-        return elements, self._planes(elements, lengths)
+    @property
+    def together(self) -> int:
+        """Chunks that `several` gives, as a rule."""
+        return max(STEP_BYTES // (self.encoding.chunk * self.dtype.width), 1)
 
-    def _planes(self, elements: Bits, lengths: Sequence[int] | None) -> list[Any]:
-        return encode_chunk(elements, self.encoding, lengths=lengths, low_bits=self._low_bits or None)
+    def several(self, first: int) -> list[tuple[Bits, list[Any]]]:
+        """Chunks from `first` on: of each its elements, and the stored bytes of its planes."""
+        last, chunks = min(first + self.together, self.chunks), []
+        while first < last:
+            known = first in self._encoded
+            end = first + 1
+            while end < last and not known and end not in self._encoded:
+                end += 1
+            chunks += [self._encoded.pop(first)] if known else self._encode(first, end)
+            first = end
+        return chunks
 
-    def _elements(self, index: int) -> tuple[Bits, list[int] | None]:
-        """What is stored of one chunk, and the elements of each segment where they are grouped."""
-        lo, hi = index * self.encoding.chunk, min((index + 1) * self.encoding.chunk, self.bits.size)
+    def _encode(self, first: int, last: int) -> list[tuple[Bits, list[Any]]]:
+        elements, lengths = self._elements(first, last)
+        return self._with_planes(elements, lengths)
+
+    def _with_planes(self, elements: Bits, lengths: list[list[int]] | None) -> list[tuple[Bits, list[Any]]]:
+        planes = encode_chunks(elements, self.encoding, lengths=lengths, low_bits=self._low_bits or None)
+        size = self.encoding.chunk
+        return [(elements[index * size : (index + 1) * size], chunk) for index, chunk in enumerate(planes)]
+
+    def _elements(self, first: int, last: int) -> tuple[Bits, list[list[int]] | None]:
+        """What is stored of some chunks, and where they are grouped the elements of each segment of each."""
+        lo, hi = first * self.encoding.chunk, min(last * self.encoding.chunk, self.bits.size)
         elements = self.bits[lo:hi]
         if self.prediction is None:
             return elements, None
         predicted, grouping = self.prediction.predicted(lo, hi, self.dtype, self.groups)
         if self.groups is None or grouping is None:
             return difference(elements, predicted, self.dtype), None
-        return difference_in_groups(self.groups, grouping, elements, predicted, self.dtype)
+        return difference_in_groups(self.groups, grouping, self.encoding.chunk, elements, predicted, self.dtype)
 
     def encode(self) -> None:
-        """Encode every chunk now, to be handed out by `chunk` later."""
-        for index in range(self.chunks):
-            self._encoded[index] = self.chunk(index)
+        """Encode every chunk now, to be handed out by `several` later."""
+        for first in range(0, self.chunks, self.together):
+            self._encoded.update(enumerate(self.several(first), first))
 
     def guess(self) -> float:
         """Bytes that the array would take if a few thousand elements of its middle are like all others."""
@@ -94,12 +111,12 @@ class Coding:
         """
         picked = sorted({self.chunks // 4, 3 * self.chunks // 4}) if self.chunks else []
         if not self._encoded.keys() >= set(picked):
-            chunks = [self._elements(index) for index in picked]
-            grouped = [(bits, lengths) for bits, lengths in chunks if lengths is not None]
+            chunks = [self._elements(index, index + 1) for index in picked]
+            grouped = [(bits, lengths[0]) for bits, lengths in chunks if lengths is not None]
             if grouped:
                 self._low_bits[:] = best_low_bits(grouped, self.encoding, min(self.chunks, _MOST_EFFORT))
-            for index, (bits, lengths) in zip(picked, chunks, strict=True):
-                self._encoded[index] = bits, self._planes(bits, lengths)
+            for index, chunk in zip(picked, chunks, strict=True):
+                self._encoded[index] = self._with_planes(*chunk)[0]
         encoded = [self._encoded[index] for index in picked]
         elements = sum(bits.size for bits, _ in encoded)
         stored = sum(memoryview(plane).nbytes for _, planes in encoded for plane in planes)

@@ -24,7 +24,7 @@ from ..writer import ArchiveWriter
 from .grouping import exponent_bounds, margin_bounds
 
 _ENTRY_BYTES = 450  # what an array takes in manifest and shard header
-_SAMPLE = 1 << 16  # elements that the bounds of groups are chosen by
+_SAMPLE = 1 << 15  # elements that the bounds of groups are chosen by
 _FEWEST = 4096  # elements in a chunk; fewer are not worth groups
 
 

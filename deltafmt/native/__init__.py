@@ -26,7 +26,7 @@ Problem = Literal["bits left over", "too large"]
 
 FILE = Path(__file__).with_name("libkernels.so.1")
 TILE_ROWS, TILE_COLUMNS = 4, 24  # as in product.c
-_ABI = 1  # as in native.h: another one is what an older build left behind
+_ABI = 2  # as in native.h: another one is what an older build left behind
 _GROUPS = 256  # as in groups.c
 _PROBLEMS: tuple[Problem | None, ...] = (None, "bits left over", "too large")  # as in segments.c
 _POINTER, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -45,8 +45,8 @@ _SIGNATURES: dict[str, Sequence[Any]] = {
 for _width in (2, 4, 8):
     _SIGNATURES |= {
         f"exponent_groups_{_width}": (_POINTER, _COUNT, _INT, _INT, _POINTER, _COUNT, *[_POINTER] * 2),
-        f"to_groups_{_width}": (*[_POINTER] * 4, _COUNT, _POINTER, _POINTER),
-        f"from_groups_{_width}": (*[_POINTER] * 3, _COUNT, _INT, _POINTER),
+        f"to_groups_{_width}": (*[_POINTER] * 4, _COUNT, _COUNT, _POINTER, _POINTER),
+        f"from_groups_{_width}": (*[_POINTER] * 3, _COUNT, _COUNT, _INT, _POINTER),
         f"split_planes_{_width}": (_POINTER, _COUNT, _INT, _POINTER),
         f"merge_planes_{_width}": (_POINTER, _COUNT, _INT, _POINTER),
     }
@@ -193,23 +193,25 @@ def product_with_margins(bits: Bits, top: int, a: Float32, b: Float32, groups: B
     _call("add_product_with_margins", bits, top, top + rows, columns, a.shape[1], a, b, *known, out, up)
 
 
-def to_groups(bits: Bits, predicted: Bits, up: Bools | None, numbers: Numbers, out: Bits) -> Counts:
-    """Residuals in order of groups: `operators.patch.difference`, sorted by the number; all `[m]`.
+def to_groups(bits: Bits, predicted: Bits, up: Bools | None, numbers: Numbers, chunk: int, out: Bits) -> Counts:
+    """Residuals in order of groups: `operators.patch.difference`, sorted by the number in chunks of so many elements;
+    all `[m]`.
 
     Returns:
-        How many elements each of 256 groups has.
+        How many elements each of 256 groups has in each chunk: `[chunks, 256]`.
     """
     _check_groups(bits, predicted, up, numbers)
-    _require((out.size, out.itemsize) == (bits.size, bits.itemsize))
-    lengths = np.empty(_GROUPS, np.int64)
-    _call(f"to_groups_{bits.itemsize}", bits, predicted, up, numbers, bits.size, lengths, out)
+    _require((out.size, out.itemsize) == (bits.size, bits.itemsize) and chunk > 0)
+    lengths = np.empty((-(-bits.size // chunk), _GROUPS), np.int64)
+    _call(f"to_groups_{bits.itemsize}", bits, predicted, up, numbers, bits.size, chunk, lengths, out)
     return lengths
 
 
-def from_groups(grouped: Bits, up: Bools | None, numbers: Numbers, groups: int, predicted: Bits) -> None:
-    """Undo `to_groups`, of numbers below `groups`, in place of the prediction."""
+def from_groups(grouped: Bits, up: Bools | None, numbers: Numbers, groups: int, chunk: int, predicted: Bits) -> None:
+    """Undo `to_groups`, of numbers below `groups`, in chunks of so many elements, in place of the prediction."""
     _check_groups(grouped, predicted, up, numbers)
-    _call(f"from_groups_{grouped.itemsize}", grouped, up, numbers, grouped.size, groups, predicted)
+    _require(chunk > 0)
+    _call(f"from_groups_{grouped.itemsize}", grouped, up, numbers, grouped.size, chunk, groups, predicted)
 
 
 def _check_groups(first: Bits, second: Bits, up: Bools | None, numbers: Numbers) -> None:

@@ -6,7 +6,7 @@
 #define UNORDERED(order) ((TYPE)((order) ^ (TYPE)(((TYPE)((order) >> TOP) - 1) | (TYPE)1 << TOP)))
 
 /* `to_groups`: the residual of `bits` given what was predicted, in order of groups; and `lengths`, elements of each.
-   `from_groups`: undoes it, in place of the prediction. `up` may be NULL.
+   `from_groups`: undoes it, in place of the prediction. `up` may be NULL. Each chunk has groups of its own.
    Arithmetic is done PART elements at a time, apart from the walk, so that it is vectorised. */
 
 INLINE void NAME(fold)(const TYPE *restrict bits, const TYPE *restrict predicted, const uint8_t *restrict up,
@@ -28,9 +28,9 @@ INLINE void NAME(unfold)(const TYPE *restrict folded, const uint8_t *restrict up
     }
 }
 
-EXPORT FAST void NAME(to_groups)(const TYPE *restrict bits, const TYPE *restrict predicted, const uint8_t *restrict up,
-                                 const uint8_t *restrict numbers, int64_t total, int64_t *restrict lengths,
-                                 TYPE *restrict grouped) {
+INLINE void NAME(to_groups_of_chunk)(const TYPE *restrict bits, const TYPE *restrict predicted,
+                                     const uint8_t *restrict up, const uint8_t *restrict numbers, int64_t total,
+                                     int64_t *restrict lengths, TYPE *restrict grouped) {
     TYPE folded[STREAMS][PART];
     int64_t places[STREAMS * GROUPS];
     count_numbers(numbers, total, places);
@@ -47,6 +47,14 @@ EXPORT FAST void NAME(to_groups)(const TYPE *restrict bits, const TYPE *restrict
     }
     NAME(fold)(bits + last, predicted + last, up ? up + last : NULL, total - last, folded[0]);
     for (int64_t i = last; i < total; i++) grouped[places[(STREAMS - 1) * GROUPS + numbers[i]]++] = folded[0][i - last];
+}
+
+EXPORT FAST void NAME(to_groups)(const TYPE *restrict bits, const TYPE *restrict predicted, const uint8_t *restrict up,
+                                 const uint8_t *restrict numbers, int64_t total, int64_t chunk,
+                                 int64_t *restrict lengths, TYPE *restrict grouped) {
+    for (int64_t at = 0; at < total; at += chunk, lengths += GROUPS)
+        NAME(to_groups_of_chunk)(bits + at, predicted + at, up ? up + at : NULL, numbers + at,
+                                 total - at < chunk ? total - at : chunk, lengths, grouped + at);
 }
 
 /* The next residual in [place, end) that is not zero; `end` if there is none. */
@@ -83,9 +91,9 @@ INLINE void NAME(from_group)(const TYPE *restrict grouped, int64_t place, int64_
     }
 }
 
-EXPORT FAST void NAME(from_groups)(const TYPE *restrict grouped, const uint8_t *restrict up,
-                                   const uint8_t *restrict numbers, int64_t total, int groups,
-                                   TYPE *restrict predicted) {
+INLINE void NAME(from_groups_of_chunk)(const TYPE *restrict grouped, const uint8_t *restrict up,
+                                       const uint8_t *restrict numbers, int64_t total, int groups,
+                                       TYPE *restrict predicted) {
     int64_t misses = 0;
     for (int64_t begin = 0; begin < total; begin += PART) {
         const int64_t end = total - begin < PART ? total : begin + PART;
@@ -116,6 +124,14 @@ EXPORT FAST void NAME(from_groups)(const TYPE *restrict grouped, const uint8_t *
     }
     for (int64_t i = last; i < total; i++) folded[0][i - last] = grouped[places[(STREAMS - 1) * GROUPS + numbers[i]]++];
     NAME(unfold)(folded[0], up ? up + last : NULL, total - last, predicted + last);
+}
+
+EXPORT FAST void NAME(from_groups)(const TYPE *restrict grouped, const uint8_t *restrict up,
+                                   const uint8_t *restrict numbers, int64_t total, int64_t chunk, int groups,
+                                   TYPE *restrict predicted) {
+    for (int64_t at = 0; at < total; at += chunk)
+        NAME(from_groups_of_chunk)(grouped + at, up ? up + at : NULL, numbers + at, total - at < chunk ? total - at : chunk,
+                                   groups, predicted + at);
 }
 
 #undef ORDERED

@@ -11,7 +11,7 @@ import numpy as np
 from .. import native
 from ..dtypes import SILENT, Bits, Dtype, round_to, widen
 from ..gemm import round_wide
-from ..scratch import borrowed, scratch
+from ..scratch import STEP_BYTES, borrowed, scratch
 from ..strictjson import Fields
 from .base import Facts, Operator, Scope, Source, Target, Value, misfit
 from .groups import Grouping, Groups, Up, margin_bits
@@ -101,21 +101,25 @@ class _Grouped(Value):
         self._residual, self._groups, self._dtype = residual, groups, target.dtype
         self._predicted = _Predicted(prediction, target)
         self._chunk = residual.facts.chunk
+        self._together = max(STEP_BYTES // (self._chunk * target.dtype.width), 1) * self._chunk
         self._count = facts.count
 
     def bits(self, lo: int, hi: int, out: Bits) -> None:
-        for begin in range(lo // self._chunk * self._chunk, hi, self._chunk):
+        begin = lo // self._chunk * self._chunk
+        while begin < hi:
             end = min(begin + self._chunk, self._count)
             if lo <= begin and end <= hi:
+                end = min(begin + self._together, hi // self._chunk * self._chunk if hi < self._count else hi)
                 self._read(begin, end, out[begin - lo : end - lo])
             else:
                 with borrowed(self._dtype.bits, end - begin) as whole:
                     self._read(begin, end, whole)
                     first, last = max(lo, begin), min(hi, end)
                     np.copyto(out[first - lo : last - lo], whole[first - begin : last - begin])
+            begin = end
 
     def _read(self, lo: int, hi: int, out: Bits) -> None:
-        """Put one whole chunk into `out`."""
+        """Put whole chunks into `out`."""
         if self._groups.by == "exponent":
             self._predicted.bits(lo, hi, out)
             grouping = self._groups.of_exponents(out, self._dtype)
@@ -123,7 +127,7 @@ class _Grouped(Value):
             grouping = self._predicted.margins(lo, hi, self._groups, out)
         residual = scratch("patch residual", self._dtype.bits, hi - lo)
         self._residual.bits(lo, hi, residual)
-        correct_in_groups(self._groups, grouping, residual, self._dtype, out)
+        correct_in_groups(self._groups, grouping, self._chunk, residual, self._dtype, out)
 
 
 class _Predicted:
@@ -171,31 +175,38 @@ def cast(bits: Bits, source: Dtype, target: Dtype, out: Bits | None = None) -> B
 
 
 def difference_in_groups(
-    groups: Groups, grouping: Grouping, bits: Bits, predicted: Bits, dtype: Dtype
-) -> tuple[Bits, list[int]]:
-    """The residual of one chunk in order of groups, and the elements of each group.
+    groups: Groups, grouping: Grouping, chunk: int, bits: Bits, predicted: Bits, dtype: Dtype
+) -> tuple[Bits, list[list[int]]]:
+    """The residuals of chunks of so many elements (the last may have fewer), each in order of groups; and of each chunk
+    the elements of each group.
 
     Args:
         grouping: `[m]`, of the prediction.
         bits, predicted: `[m]`, as in `difference`.
     """
+    grouped: Bits = np.empty_like(bits)
     if native.available():
-        grouped: Bits = np.empty_like(bits)
-        lengths = native.to_groups(bits, predicted, grouping.up, grouping.numbers, grouped)
-    else:
-        grouped = difference(bits, predicted, dtype, grouping.up)[grouping.order()]
-        lengths = np.bincount(grouping.numbers, minlength=groups.count)
-    return grouped, [int(length) for length in lengths[: groups.count]]
+        lengths = native.to_groups(bits, predicted, grouping.up, grouping.numbers, chunk, grouped)
+        return grouped, [of_chunk[: groups.count] for of_chunk in lengths.tolist()]
+    residual = difference(bits, predicted, dtype, grouping.up)
+    numbers = [grouping.numbers[begin : begin + chunk] for begin in range(0, bits.size, chunk)]
+    for index, of_chunk in enumerate(numbers):
+        part = slice(index * chunk, (index + 1) * chunk)
+        grouped[part] = residual[part][np.argsort(of_chunk, kind="stable")]
+    return grouped, [np.bincount(of_chunk, minlength=groups.count).tolist() for of_chunk in numbers]
 
 
-def correct_in_groups(groups: Groups, grouping: Grouping, residual: Bits, dtype: Dtype, out: Bits) -> None:
-    """Undo `difference_in_groups`: correct the predicted bits in `out`. `residual` is overwritten."""
+def correct_in_groups(groups: Groups, grouping: Grouping, chunk: int, residual: Bits, dtype: Dtype, out: Bits) -> None:
+    """Undo `difference_in_groups` for chunks of so many elements (the last may have fewer): correct the predicted bits
+    in `out`. `residual` is overwritten."""
     if native.available():
-        native.from_groups(residual, grouping.up, grouping.numbers, groups.count, out)
-    else:
-        scattered = scratch("patch scattered", dtype.bits, residual.size)
-        scattered[grouping.order()] = residual
-        correct(out, scattered, dtype, out, grouping.up)
+        native.from_groups(residual, grouping.up, grouping.numbers, groups.count, chunk, out)
+        return
+    scattered = scratch("patch scattered", dtype.bits, residual.size)
+    for begin in range(0, residual.size, chunk):
+        part = slice(begin, begin + chunk)
+        scattered[part][np.argsort(grouping.numbers[part], kind="stable")] = residual[part]
+    correct(out, scattered, dtype, out, grouping.up)
 
 
 def difference(bits: Bits, predicted: Bits, dtype: Dtype, up: Up | None = None) -> Bits:
