@@ -85,6 +85,8 @@ class Experiment:
         self.original: Any = AutoModelForCausalLM.from_pretrained(self.subject.directory, dtype=self.dtype)
         self.original = self.original.to(self.device).eval().requires_grad_(False)
         held_out = self.subject.held_out
+        if self.subject.document is not None:  # windows are whole documents
+            options.length = self.subject.document
         self.held_out = held_out[: options.evaluate] if options.evaluate else held_out
         self.text = self.subject.train
         self._taught: dict[float, tuple[Any, Plan, dict[str, torch.Tensor] | None]] = {}
@@ -98,6 +100,7 @@ class Experiment:
         count = max(1, min(self.options.calibrate, self.text.numel()) // length)
         # From everywhere in the text, not from its beginning.
         begins = torch.linspace(0, self.text.numel() - length, count).long()
+        begins = begins // (self.subject.document or 1) * (self.subject.document or 1)
         windows = torch.stack([self.text[begin : begin + length] for begin in begins.tolist()])
         yield from torch.split(windows, batch)
 
@@ -258,6 +261,8 @@ class Experiment:
 
     def training(self, run: Run) -> Training:
         given = {name: value for name, value in self.settings.items() if name in Training.__dataclass_fields__}
+        if (document := self.subject.document) is not None:
+            given |= {"document": document, "length": document - 1}  # the window's last token is only a target
         return Training(tokens=run.tokens, seed=run.seed, checkpoint_every=self.options.checkpoint_every, **given)
 
     @property

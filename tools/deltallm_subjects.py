@@ -30,11 +30,15 @@ _AT_ONCE = 512
 
 @dataclass(frozen=True)
 class Subject:
-    """A Hugging Face directory, and tokens to train on and to be measured on: integers `[n]`."""
+    """A Hugging Face directory, and tokens to train on and to be measured on: integers `[n]`.
+
+    `document`: how many tokens each document has, if all have as many.
+    """
 
     directory: Path
     train: torch.Tensor
     held_out: torch.Tensor
+    document: int | None = None
 
 
 def subject(name: str) -> Subject:
@@ -44,7 +48,7 @@ def subject(name: str) -> Subject:
         return Subject(directory, *(_tensor(speeches.tokens(directory, split)) for split in speeches.SPLITS))
     if name == "mgm":
         directory = train_lora.base(name, "float32")
-        return Subject(directory, *(_tensor(_drawn(directory, split)) for split in speeches.SPLITS))
+        return Subject(directory, *(_tensor(_drawn(directory, split)) for split in speeches.SPLITS), document=_LENGTH)
     if name == "tiny":
         return Subject(_tiny(), *(_tensor(speeches.tokens(None, split)) for split in speeches.SPLITS))
     raise ValueError(f"unknown model {name!r}")

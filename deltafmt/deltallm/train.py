@@ -236,8 +236,9 @@ def _run(
 def _windows(tokens: int, training: Training) -> torch.Tensor:
     """Where each sequence begins: `[steps, accumulate, batch]`.
 
-    The text is cut into windows, all of them are taken in random order, and it is cut anew, elsewhere: so all tokens
-    are seen about equally often. A window has one token more than a sequence, which is the last one's target.
+    The text is cut into windows, all of them are taken in random order, and it is cut anew, elsewhere (or, if it is
+    documents, where these begin): so all tokens are seen about equally often. A window has one token more than a
+    sequence, which is the last one's target.
     """
     random = torch.Generator().manual_seed(training.seed)
     wanted = training.steps * training.accumulate * training.batch
@@ -246,7 +247,10 @@ def _windows(tokens: int, training: Training) -> torch.Tensor:
     while have < wanted:
         room = tokens - 1 - training.length
         first = int(torch.randint(min(training.length, room + 1), (1,), generator=random))
-        begins = torch.arange(first, room + 1, training.length)
+        if training.document is not None:
+            begins = torch.arange(0, room + 1, training.document)
+        else:
+            begins = torch.arange(first, room + 1, training.length)
         cut.append(begins[torch.randperm(len(begins), generator=random)])
         have += len(begins)
     return torch.cat(cut)[:wanted].reshape(training.steps, training.accumulate, training.batch)

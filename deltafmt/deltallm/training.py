@@ -15,6 +15,7 @@ class Training:
     Attributes:
         tokens: how many tokens to see; rounded up to whole steps.
         batch, length: sequences, and tokens in each, that go through the model at once.
+        document: if the text consists of documents of so many tokens each: windows begin where these do.
         accumulate: batches in a step.
         rate: highest learning rate; it rises over `warmup`, a fraction of the steps, and falls as a cosine to zero.
         betas, weight_decay: of AdamW.
@@ -33,6 +34,7 @@ class Training:
     tokens: int
     batch: int = 8
     length: int = 512
+    document: int | None = None
     accumulate: int = 1
     rate: float = 5e-4
     warmup: float = 0.03
