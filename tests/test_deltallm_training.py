@@ -267,6 +267,20 @@ def test_a_checkpoint_is_small_and_is_the_model(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), logits(student), rtol=0, atol=1e-5)
 
 
+def test_a_checkpoint_packed_again_stands_by_itself(tmp_path: Path) -> None:
+    teacher, student, structure = pair(llama())
+    history = train(student, teacher, structure, TEXT, SHORT, directory=tmp_path / "run")
+    step = tmp_path / f"run/step-{history.steps:08}"
+    report = deltafmt.pack(step, tmp_path / "packed", base=tmp_path / "run/frozen")
+    assert report.bases_needed == ()
+    model = load_model(tmp_path / "packed", "fused")
+    assert sorted(deltas(model)) == sorted(structure.anchors)
+    torch.testing.assert_close(logits(model), logits(student), rtol=0, atol=1e-5)
+    assert not [name for name in deltafmt.unpack(tmp_path / "packed", tmp_path / "plain").files if "training" in name]
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    torch.testing.assert_close(logits(plain), logits(student), rtol=0, atol=1e-4)
+
+
 def test_bf16_and_baselines_train(tmp_path: Path) -> None:
     teacher, student, structure = pair(llama(torch.bfloat16))
     before = factors(student)
