@@ -5,11 +5,14 @@ For each method, fraction and seed: the model is built, measured, trained and me
 - `delta`: shared layers and low-rank deltas, trained with progressive replacement and distillation;
 - `svd`, `asvd`: each MLP matrix as two factors, without sharing; weighted by the inputs that occur;
 - `drop`: whole layers go, those that matter least (ShortGPT); `merge`: they are averaged into the one before. Both are
-  then trained by a LoRA on all that is left, with as many numbers as `delta` trains, and merged.
+  then trained by a LoRA on all that is left, with as many numbers as `delta` trains, and merged;
+- `control`: nothing is removed, and the same LoRA trained: what the text alone brings.
 
-Every finished run adds a line to OUT/results.jsonl, and is not made again by a later call; with `--checkpoint-every`, a
-run that was interrupted goes on from its last checkpoint. `--ablate` measures what the parts of the initialisation
-bring, without training.
+`svd` and `asvd` train all their factors, which are more. One learning rate serves all.
+
+What more tokens bring, runs with several `--tokens` tell. Every finished run adds a line to OUT/results.jsonl, and is
+not made again by a later call; with `--checkpoint-every`, a run that was interrupted goes on from its last checkpoint.
+`--ablate` measures what the parts of the initialisation bring, without training.
 """
 
 from __future__ import annotations
@@ -21,7 +24,6 @@ import itertools
 import json
 import math
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,13 +42,13 @@ import deltallm_results as results
 import deltallm_subjects as subjects
 from deltafmt.deltallm import Plan, Structure, align, block_influence, delta_model, parameters, plan, second_moments
 from deltafmt.deltallm.architecture import blocks, linears
-from deltafmt.deltallm.baselines import drop_layers, lora_rank, merge_layers, svd_model
+from deltafmt.deltallm.baselines import drop_layers, lora_rank, merge_layers, svd_model, twin
 from deltafmt.deltallm.evaluate import Evaluation, evaluate, resident_bytes, stored_bytes
 from deltafmt.deltallm.save import save
 from deltafmt.deltallm.train import Training, train
 from measure import markdown
 
-METHODS = ("delta", "svd", "asvd", "drop", "merge")
+METHODS = ("delta", "svd", "asvd", "drop", "merge", "control")
 INITIAL = ("plain", "weighted", "full")
 """How the deltas begin: SVD of the difference; weighted by the inputs; and with the layers aligned before."""
 
@@ -155,9 +157,9 @@ class Experiment:
 
     def aligned(self, found: Plan, **parts: bool) -> Any:
         """The original with layers that are written so that they resemble their anchors; what it computes stays."""
-        teacher = copy.deepcopy(self.original).float()  # scales are no powers of two
-        align(teacher, found, **parts)
-        return teacher.to(self.dtype).eval().requires_grad_(False)
+        teacher = copy.deepcopy(self.original)
+        align(teacher, found, **parts)  # scales are powers of two: nothing is rounded
+        return teacher
 
     # Building
 
@@ -165,7 +167,7 @@ class Experiment:
         """Teacher, structure and second moments of a delta model; the same for every seed."""
         if remove not in self._taught:
             found, initial = self.plan(remove), self.options.initial
-            teacher = self.aligned(found) if initial == "full" else copy.deepcopy(self.original)
+            teacher = self.aligned(found) if initial == "full" else self.original
             moments = None if initial == "plain" else second_moments(teacher, self.calibration, found.anchors)
             self._taught[remove] = teacher, found, moments
         return self._taught[remove]
@@ -181,6 +183,8 @@ class Experiment:
             names = [name for layer in inner for name in linears(self.original, layer, self.options.parts)]
             moments = second_moments(self.original, self.calibration, names) if run.method == "asvd" else None
             return svd_model(self.original, run.remove, names=names, moments=moments), self.original, None
+        if run.method == "control":
+            return twin(self.original), self.original, None
         shrink = drop_layers if run.method == "drop" else merge_layers
         return shrink(self.original, self.influence, run.remove), self.original, None
 
@@ -196,7 +200,7 @@ class Experiment:
         trainable = sum(weight.numel() for weight in student.parameters() if weight.requires_grad)
         training = self.training(run)
         if not trainable:
-            rank = lora_rank(student, self.options.trainable or self.factor_count(run.remove))
+            rank = lora_rank(student, self.options.trainable or self.factor_count(run.remove or self.options.remove[0]))
             training = replace(training, lora=rank)
         say(f"  built in {time.perf_counter() - begin:.0f} s: perplexity {initial.perplexity:.2f}")
         folder = self.out / "runs" / identity(run, self.settings)
@@ -228,14 +232,11 @@ class Experiment:
             "removed": 1 - size / parameters(self.original),
             "trainable": trainable or lora_size(student, training.lora),
             "plain_bytes": 2 * size,
-            "resident_bytes": resident_bytes(student),
             "original": self.original_scores,
             "initial": scores(initial),
             "trained": scores(trained),
             **self.stored(run, student, found),
-            "tokens_per_second": trained.tokens_per_second,
             "train_seconds": sum(seconds_of(history.log)),
-            "loss_slope": slope(history.log),
             "seconds": time.perf_counter() - begin,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
             "dtype": self.options.dtype,
@@ -257,7 +258,7 @@ class Experiment:
         size = stored_bytes(archive)
         if not self.options.keep_archives:
             shutil.rmtree(archive)
-        return {"stored_bytes": size, "packed": packed}
+        return {"stored_bytes": size, "packed": packed, "resident_bytes": resident_bytes(loaded)}
 
     def training(self, run: Run) -> Training:
         given = {name: value for name, value in self.settings.items() if name in Training.__dataclass_fields__}
@@ -279,8 +280,9 @@ class Experiment:
             "replace_until",
         )
         names += ("replace_from", "norms", "lora", "compiled")
-        of_data = ("trainable", "evaluate", "calibrate")
-        return {name: getattr(self.options, name) for name in names + of_data}
+        # The layout decides how much drop and merge train, too.
+        names += ("layout", "parts", "keep", "dtype", "trainable", "evaluate", "calibrate")
+        return {name: getattr(self.options, name) for name in names}
 
     # Without training
 
@@ -310,7 +312,7 @@ class Experiment:
         ]
         for title, found, weighted, parts in steps:
             begin = time.perf_counter()
-            teacher = self.aligned(found, **parts) if any(parts.values()) else copy.deepcopy(self.original)
+            teacher = self.aligned(found, **parts) if any(parts.values()) else self.original
             seconds = time.perf_counter() - begin
             moments = second_moments(teacher, self.calibration, found.anchors) if weighted else None
             student = delta_model(teacher, found, moments=moments)
@@ -362,8 +364,9 @@ def planned(options: argparse.Namespace) -> list[Run]:
         Run(options.model, method, remove, seed, tokens, structure if method == "delta" else "")
         for tokens in options.tokens
         for seed in options.seeds
-        for remove in options.remove
+        for remove in (*options.remove, 0.0)
         for method in options.methods
+        if (method == "control") == (remove == 0)
     ]
 
 
@@ -417,17 +420,6 @@ def seconds_of(log: list[dict[str, float]]) -> Iterator[float]:
     for line in log:
         yield (line["tokens"] - before) / line["tokens_per_second"]
         before = line["tokens"]
-
-
-def slope(log: list[dict[str, float]]) -> float | None:
-    """By how much the loss changes at the end, per doubling of the tokens: a straight line through the last quarter of
-    the log, over the logarithm of the tokens. None if that has too few lines."""
-    last = [line for line in log if line["tokens"] > 0.75 * log[-1]["tokens"]]
-    if len(last) < 3:
-        return None
-    return statistics.linear_regression([math.log2(line["tokens"]) for line in last], [line["loss"] for line in last])[
-        0
-    ]
 
 
 @contextmanager
@@ -514,7 +506,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0])
     add("--tokens", nargs="+", type=int, default=[2_000_000 if cuda else 100_000], help="to train on; several: all")
     add("--device", default="cuda" if cuda else "cpu")
-    add("--dtype", default="bfloat16" if cuda else "float32", choices=("bfloat16", "float16", "float32"))
+    add("--dtype", default="bfloat16" if cuda else "float32", choices=("bfloat16", "float32"))
     add("--minutes", type=float, help="begin no run that would end later")
     add("--threads", type=int, help="of torch")
     add("--keep-archives", action="store_true", help="leave the packed models in OUT/archives")
@@ -523,9 +515,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--plot", type=Path, help="draw it as SVG: quality over size, and beside it the losses; nothing is run")
     of_delta = parser.add_argument_group("deltas")
     add = of_delta.add_argument
-    add("--layout", default="alternating", help="or sequential:K, or LAYER:ANCHOR,...")
-    add("--parts", default="mlp", choices=("mlp", "attention", "both"), help="also of svd and asvd")
-    add("--keep", nargs=2, type=int, default=[2, 2], help="blocks at either end left alone")
+    add("--layout", help="alternating, sequential:K, or LAYER:ANCHOR,...; for mgm and tiny sequential:2")
+    add("--parts", choices=("mlp", "attention", "both"), help="also of svd and asvd; mlp, for mgm and tiny both")
+    add("--keep", nargs=2, type=int, help="blocks at either end left alone: 2 2, for mgm and tiny 1 1")
     add("--delta-layers", type=int, help="how many layers become deltas")
     add("--importance", action="store_true", help="choose them by their influence")
     add("--initial", default="full", choices=INITIAL)
@@ -542,12 +534,16 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--replace-from", type=float, default=0.25, help="probability of a delta at the beginning")
     add("--norms", action="store_true", help="train norms, too")
     add("--lora", type=int, help="rank of LoRAs on what is neither delta nor anchor; drop and merge always have some")
-    add("--compiled", action="store_true", help="compile the loss")
+    add("--compiled", action="store_true", help="compile the blocks of both models, and the loss")
     add("--trainable", type=int, help="numbers in the LoRA of drop and merge; as many as delta trains if not given")
     add("--checkpoint-every", type=int, help="steps; only with checkpoints a run can go on in another call")
     add("--evaluate", type=int, default=None if cuda else 8192, help="tokens of the held-out text; all if not given")
     add("--calibrate", type=int, default=65_536 if cuda else 16_384, help="tokens for influences and second moments")
     options = parser.parse_args(arguments)
+    small = options.model in ("mgm", "tiny")  # of eight blocks there is too little else
+    options.layout = options.layout or ("sequential:2" if small else "alternating")
+    options.parts = options.parts or ("both" if small else "mlp")
+    options.keep = options.keep or ([1, 1] if small else [2, 2])
     if options.model_dir and not (options.tokens_file and options.held_out):
         parser.error("--model-dir needs --tokens-file and --held-out")
     return options

@@ -50,8 +50,8 @@ def table(records: Sequence[Record]) -> list[dict[str, Cell]]:
                 "MB in 16 bits": _mean(group, "plain_bytes") / 1e6,
                 "MB stored": _mean(group, "stored_bytes") / 1e6,
                 "MB resident": _mean(group, "resident_bytes") / 1e6,
-                "tokens/s": round(_mean(group, "tokens_per_second")),
-                "loss per doubling": _mean(group, "loss_slope") if first["loss_slope"] is not None else None,
+                "tokens/s": round(_mean([record["packed"] for record in group], "tokens_per_second")),
+                "packed, fused": _mean([record["packed"] for record in group], "perplexity"),
                 "train s": round(_mean(group, "train_seconds")),
             }
         )
