@@ -316,10 +316,13 @@ def test_alignment_in_bfloat16_rounds_nothing(ids: torch.Tensor) -> None:
     chosen = plan(model, Structure(parts="both", rank=4))
     before = {name: weight_of(model, name).clone() for name in chosen.anchors}
     align(model, chosen, channels=False, heads=False)
+    scaled = 0
     for name, weight in before.items():
         now = weight_of(model, name)
         ratio = (now / weight)[weight != 0].double().abs().log2()
         assert torch.equal(ratio, ratio.round())
+        scaled += int(ratio.count_nonzero())
+    assert scaled
 
 
 def test_unknown_symmetries_are_refused() -> None:
@@ -417,6 +420,16 @@ def test_at_full_rank_nothing_is_lost(kind: str, ids: torch.Tensor) -> None:
     for weighting in (None, moments):
         made = delta_model(model, Plan(anchors, ranks), moments=weighting)
         torch.testing.assert_close(logits(made, ids), logits(model, ids), rtol=1e-3, atol=1e-3)
+
+
+def test_a_moment_that_is_missing_is_named(ids: torch.Tensor) -> None:
+    model = built("llama")
+    chosen = plan(model, Structure(rank=3))
+    moments = second_moments(model, [ids], chosen.anchors)
+    lost = list(chosen.anchors)[1]
+    del moments[lost]
+    with pytest.raises(UsageError, match=f"no moment of '{lost}'"):
+        delta_model(model, chosen, moments=moments)
 
 
 def test_only_the_factors_get_gradients_and_descend(ids: torch.Tensor) -> None:

@@ -7,9 +7,11 @@ import itertools
 import json
 import os
 import pydoc_data.topics
+import shutil
 import signal
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +124,13 @@ def test_what_is_compiled_is_the_same(temperature: float) -> None:
         torch.testing.assert_close(_pure_slice_loss(z, teacher, targets, 0.7, 0.4, temperature), expected)
 
 
-def test_a_model_with_other_logits_is_refused() -> None:
-    model = llama()
-    model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * torch.tanh(output / 2) + 1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "change", [lambda logits: 2 * torch.tanh(logits / 2) + 1, lambda logits: 0.9 * logits], ids=["cap", "scale"]
+)
+def test_a_model_with_other_logits_is_refused(dtype: torch.dtype, change: Any) -> None:
+    model = llama(dtype)
+    model.lm_head.register_forward_hook(lambda module, inputs, output: change(output))
     with pytest.raises(UnsupportedError, match="computes its logits in another way"):
         train(model, None, None, TEXT, SHORT)
 
@@ -213,6 +219,7 @@ def test_a_training_that_was_interrupted_ends_the_same(
     options: dict[str, Any], tmp_path: Path, interruptible: None
 ) -> None:
     training = Training(**(vars(SHORT) | options | {"accumulate": 2, "tokens": 2048, "checkpoint_every": 5}))
+    training = replace(training, replace_until=1.0)  # draws matter to the end
     assert training.steps == 16
     teacher, student, structure = pair(llama())
     train(student, teacher, structure, TEXT, training)
@@ -246,13 +253,94 @@ def test_a_training_that_was_interrupted_ends_the_same(
     assert all(torch.equal(again.state_dict()[name], expected[name]) for name in expected)
 
 
+def test_batches_that_are_accumulated_are_one_batch() -> None:
+    found, last = [], []
+    for accumulate, batch in ((1, 4), (2, 2)):
+        teacher, student, structure = pair(llama())
+        before = torch.cat([each.flatten() for each in factors(student).values()])
+        training = replace(SHORT, accumulate=accumulate, batch=batch)
+        last.append(train(student, teacher, structure, TEXT, training).log[-1])
+        found.append(torch.cat([each.flatten() for each in factors(student).values()]) - before)
+    assert (found[0] - found[1]).norm() < 1e-3 * found[0].norm()
+    for part in ("loss", "gradient"):  # the size of a gradient does not matter to Adam
+        assert last[0][part] == pytest.approx(last[1][part], rel=1e-3)
+
+
 def test_another_training_is_not_resumed(tmp_path: Path) -> None:
     teacher, student, structure = pair(llama())
     train(student, teacher, structure, TEXT, SHORT, directory=tmp_path)
-    other = Training(**(vars(SHORT) | {"rate": 1e-3}))
-    for training, text in ((other, TEXT), (SHORT, TEXT[:-1])):
+    for training, text in ((replace(SHORT, rate=1e-3), TEXT), (SHORT, TEXT[:-1])):
         with pytest.raises(UsageError, match="the training to resume is another"):
             train(student, teacher, structure, text, training, directory=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("layer", [2, 3], ids=["anchor", "replaced"])
+def test_a_training_of_another_model_is_not_resumed(tmp_path: Path, layer: int) -> None:
+    """Of blocks 2 and 3 the one is student's and teacher's; the other's weights are the teacher's alone."""
+    teacher, student, structure = pair(llama())
+    train(student, teacher, structure, TEXT, SHORT, directory=tmp_path)
+    other = llama()
+    with torch.no_grad():
+        other.model.layers[layer].mlp.up_proj.weight[0, 0] += 1e-3
+    teacher, student, structure = pair(other)
+    with pytest.raises(UsageError, match="the training to resume is another: its frozen part differs"):
+        train(student, teacher, structure, TEXT, SHORT, directory=tmp_path, resume=True)
+
+
+def test_a_training_is_resumed_that_is_logged_and_saved_otherwise(tmp_path: Path) -> None:
+    teacher, student, structure = pair(llama())
+    train(student, teacher, structure, TEXT, SHORT, directory=tmp_path, seconds=0.0)
+    expected = factors(student)
+    teacher, student, structure = pair(llama())
+    training = replace(SHORT, checkpoint_every=3, log_every=1)
+    history = train(student, teacher, structure, TEXT, training, directory=tmp_path, resume=True, seconds=0.0)
+    assert history.steps == 2
+    assert any(not torch.equal(each, expected[name]) for name, each in factors(student).items())
+
+
+class KilledError(Exception):
+    """What ends a training without a word."""
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_nothing_is_left_of_a_training_without_a_checkpoint(tmp_path: Path, resume: bool) -> None:
+    def kill(*_: Any) -> None:
+        raise KilledError
+
+    other = llama()
+    with torch.no_grad():
+        other.model.embed_tokens.weight += 1
+    teacher, student, structure = pair(other)
+    with pytest.raises(KilledError):
+        train(student, teacher, structure, TEXT, SHORT, directory=tmp_path, progress=kill)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["frozen", "log.jsonl"]
+    teacher, student, structure = pair(llama())
+    history = train(student, teacher, structure, TEXT, SHORT, directory=tmp_path, resume=resume)
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == history.log
+    with deltafmt.open(tmp_path / f"step-{SHORT.steps:08d}", base=tmp_path / "frozen") as archive:
+        tensors = archive._archive.manifest.tensors
+    assert tensors["model.embed_tokens.weight"].recipe.op == "ref"
+
+
+def test_a_checkpoint_that_is_half_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = replace(SHORT, checkpoint_every=2)
+    remove = shutil.rmtree
+
+    def interrupted(path: Path, **options: Any) -> None:
+        if "step-00000002" in str(path) and (path / "deltafmt.json").exists():
+            (path / "deltafmt.json").unlink()
+            raise KilledError
+        remove(path, **options)
+
+    teacher, student, structure = pair(llama())
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(shutil, "rmtree", interrupted)
+        train(student, teacher, structure, TEXT, training, directory=tmp_path)
+    assert all((each / "deltafmt.json").exists() for each in tmp_path.glob("step-*"))
+    teacher, student, structure = pair(llama())
+    train(student, teacher, structure, TEXT, training, directory=tmp_path, resume=True)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["frozen", "log.jsonl", "step-00000006", "step-00000008"]
 
 
 def test_a_checkpoint_is_small_and_is_the_model(tmp_path: Path) -> None:

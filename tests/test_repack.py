@@ -81,6 +81,15 @@ def test_nothing_is_left_of_a_training(lossy: tuple[Path, Path], tmp_path: Path)
     assert (tmp_path / "again/config.json").read_bytes() == b"{}\n"
 
 
+@pytest.mark.parametrize("name", ["training.json", "training.safetensors"])
+def test_a_file_that_is_only_called_as_one_of_a_training_stays(tmp_path: Path, name: str) -> None:
+    weight, other = np.random.default_rng(0).standard_normal((2, SIDE, SIDE)).astype(np.float32)
+    source = write_checkpoint(tmp_path / "source", {"w": f32(weight), "v": f32(other)}, {name: b"mine"})
+    deltafmt.pack(source, tmp_path / "lossy", rank=2, include=["w"])
+    deltafmt.pack(tmp_path / "lossy", tmp_path / "again")
+    assert (tmp_path / "again" / name).read_bytes() == b"mine"
+
+
 def test_damage_is_found_and_a_missing_base_too(lossy: tuple[Path, Path], tmp_path: Path) -> None:
     archive, base = lossy
     with pytest.raises(WrongBaseError):

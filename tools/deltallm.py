@@ -42,8 +42,9 @@ import deltallm_results as results
 import deltallm_subjects as subjects
 from deltafmt.deltallm import Plan, Structure, align, block_influence, delta_model, parameters, plan, second_moments
 from deltafmt.deltallm.architecture import blocks, linears
-from deltafmt.deltallm.baselines import drop_layers, lora_rank, merge_layers, svd_model, twin
+from deltafmt.deltallm.baselines import drop_layers, lora_numbers, lora_rank, merge_layers, svd_model
 from deltafmt.deltallm.evaluate import Evaluation, evaluate, resident_bytes, stored_bytes
+from deltafmt.deltallm.initialise import twin
 from deltafmt.deltallm.save import save
 from deltafmt.deltallm.train import Training, train
 from measure import markdown
@@ -230,7 +231,7 @@ class Experiment:
             "settings": self.settings,
             "parameters": size,
             "removed": 1 - size / parameters(self.original),
-            "trainable": trainable or lora_size(student, training.lora),
+            "trainable": trainable or (training.lora or 0) * lora_numbers(student),
             "plain_bytes": 2 * size,
             "original": self.original_scores,
             "initial": scores(initial),
@@ -406,12 +407,6 @@ def expected_seconds(run: Run, records: list[dict[str, Any]], checkpoint_every: 
         record["seconds"] + record["train_seconds"] * (run.tokens / record["run"]["tokens"] - 1) for record in alike
     )
     return max(guesses, default=0.0)
-
-
-def lora_size(model: Any, rank: int | None) -> int:
-    """How many numbers LoRAs of a rank have on all linear layers of the blocks."""
-    modules = itertools.chain(*(linears(model, layer, "both").values() for layer in range(len(blocks(model)))))
-    return (rank or 0) * sum(sum(module.get_parameter("weight").shape) for module in modules)
 
 
 def seconds_of(log: list[dict[str, float]]) -> Iterator[float]:

@@ -1,6 +1,6 @@
 """What the DeltaLLM experiment is made on: a model, text to train on, and text that it never sees.
 
-- `smollm2`: SmolLM2-135M-Instruct in bf16 and the speeches: the real one;
+- `smollm2`: SmolLM2-135M-Instruct, dequantised from a GGUF file to bf16, and the speeches;
 - `mgm`: a small GPT-2. Its vocabulary is microbes, and no text of those comes with it: what it draws from itself at
   temperature 1 stands for it, so that the original is the best there can be. Its sentences end early: their first
   tokens are taken, of those that have so many;
@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,18 +46,22 @@ def subject(name: str) -> Subject:
     """One of `NAMES`, made or fetched if it is not in the fixture cache yet."""
     if name == "smollm2":
         directory = train_lora.base(name, "bfloat16")
-        return Subject(directory, *(_tensor(speeches.tokens(directory, split)) for split in speeches.SPLITS))
+        return Subject(directory, *_both(lambda split: speeches.tokens(directory, split)))
     if name == "mgm":
         directory = train_lora.base(name, "float32")
-        return Subject(directory, *(_tensor(_drawn(directory, split)) for split in speeches.SPLITS), document=_LENGTH)
+        return Subject(directory, *_both(lambda split: _drawn(directory, split)), document=_LENGTH)
     if name == "tiny":
-        return Subject(_tiny(), *(_tensor(speeches.tokens(None, split)) for split in speeches.SPLITS))
+        return Subject(_tiny(), *_both(lambda split: speeches.tokens(None, split)))
     raise ValueError(f"unknown model {name!r}")
 
 
 def from_files(directory: Path, train: Path, held_out: Path) -> Subject:
     """A model and two `.npy` files of tokens, for machines without network."""
     return Subject(directory, _tensor(np.load(train)), _tensor(np.load(held_out)))
+
+
+def _both(of: Callable[[speeches.Split], Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    return _tensor(of("train")), _tensor(of("held_out"))
 
 
 def _tensor(tokens: Any) -> torch.Tensor:

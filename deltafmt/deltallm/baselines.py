@@ -11,7 +11,6 @@ are frozen but factors; a model without any can train a LoRA (`lora_rank`), whic
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -21,10 +20,9 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
-from ..torch.fused import fused_like
 from .architecture import blocks, linears
-from .initialise import factors
-from .structure import parameters, ranks_for
+from .initialise import factors, put_factors, twin
+from .structure import Structure, parameters, ranks_for, weight_shape
 
 
 def drop_layers(model: nn.Module, influence: Sequence[float], remove: float) -> nn.Module:
@@ -44,22 +42,19 @@ def drop_layers(model: nn.Module, influence: Sequence[float], remove: float) -> 
     return smaller
 
 
-def merge_layers(
-    model: nn.Module, influence: Sequence[float], remove: float, *, weights: Sequence[float] | None = None
-) -> nn.Module:
+def merge_layers(model: nn.Module, influence: Sequence[float], remove: float) -> nn.Module:
     """Average the layers of the least influence into the layer before each.
 
-    Neighbours among them, and the layer before these, become one layer: the weighted mean of their linear layers, with
-    the norms of the first.
+    Neighbours among them, and the layer before these, become one layer: the mean of their linear layers, weighted by
+    their influence, with the norms of the first.
 
     Args:
         model, influence, remove: as in `drop_layers`. The first layer stays.
-        weights: of each layer in a mean, positive; by default its influence.
 
     Raises:
         UsageError: as `drop_layers`.
     """
-    weights = weights or [max(value, 1e-6) for value in influence]
+    weights = [max(value, 1e-6) for value in influence]
     gone = _least(model, [math.inf, *influence[1:]], remove)
     smaller = twin(model)
     layers = blocks(smaller)
@@ -78,51 +73,43 @@ def svd_model(
     *,
     names: Sequence[str] | None = None,
     moments: Mapping[str, torch.Tensor] | None = None,
-    keep_first: int = 2,
-    keep_last: int = 2,
 ) -> nn.Module:
     """Replace linear layers by the truncated SVD of their weights.
 
     Args:
         model: a causal language model of transformers.
         remove: the fraction of the model's parameters to remove. All layers keep the same fraction of theirs.
-        names: the linear layers; by default those of all MLPs but in the first and last blocks.
+        names: the linear layers; by default those of all MLPs but in the blocks at either end that `Structure` keeps.
         moments: `E[x x^T]` of each layer's input, `[in, in]`, as `calibration.second_moments` measures it. With these
             the factors are those with the least mean squared error of the layer's *output*.
-        keep_first, keep_last: blocks left as they are, without `names`.
 
     Raises:
         UsageError: these layers do not have as many parameters as are to go, or are none that factors can stand for.
     """
     if names is None:
-        inner = range(keep_first, len(blocks(model)) - keep_last)
+        inner = range(Structure.keep_first, len(blocks(model)) - Structure.keep_last)
         names = [name for layer in inner for name in linears(model, layer, "mlp")]
-    shapes = {name: _shape(model.get_submodule(name)) for name in names}
+    shapes = {name: weight_shape(model.get_submodule(name)) for name in names}
     ranks = ranks_for(remove * parameters(model), parameters(model), shapes)
     if remove <= 0 or not all(ranks.values()):
         raise UsageError("no rank is left for some layer, or nothing is to be removed", found=remove)
     smaller = twin(model)
     for name, rank in ranks.items():
-        module = smaller.get_submodule(name)
-        new = fused_like(module)
-        if new is None:
-            raise UsageError("no factors can stand for this module", where=name, found=type(module).__name__)
         moment = None if moments is None else moments[name]
-        _replace(smaller, name, new(factors(module, None, rank, moment)))
+        put_factors(smaller, name, factors(model.get_submodule(name), None, rank, moment))
     return smaller
 
 
 def lora_rank(model: nn.Module, numbers: int) -> int:
     """The rank, at least 1, with which LoRAs (arXiv 2106.09685) of all linear layers of the blocks have about as many
     numbers: for `Training(lora=)`."""
+    return max(1, round(numbers / lora_numbers(model)))
+
+
+def lora_numbers(model: nn.Module) -> int:
+    """How many numbers the LoRAs of all linear layers of the blocks have for each rank."""
     layers = itertools.chain(*(linears(model, layer, "both").values() for layer in range(len(blocks(model)))))
-    return max(1, round(numbers / sum(sum(_shape(module)) for module in layers)))
-
-
-def twin(model: nn.Module) -> nn.Module:
-    """A model of modules of its own, with the same parameters and buffers, all frozen."""
-    held: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, held).requires_grad_(False)
+    return sum(sum(weight_shape(module)) for module in layers)
 
 
 def _least(model: nn.Module, influence: Sequence[float], remove: float) -> set[int]:
@@ -168,13 +155,3 @@ def _average(model: nn.Module, group: Sequence[int], weights: Sequence[float]) -
             parts = (module.get_parameter(name).float() * share for module, share in zip(modules, shares, strict=True))
             mean = torch.stack(list(parts)).sum(0).to(parameter.dtype)
             setattr(modules[0], name, nn.Parameter(mean, requires_grad=False))
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    rows, columns = module.get_parameter("weight").shape
-    return rows, columns
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

@@ -15,7 +15,6 @@ from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 
 from ..errors import UsageError
 from ..sources import PathLike
-from .structure import parameters
 
 _ROWS = 1024
 """Positions whose logits are float32 at once: with 50,000 tokens in the vocabulary 200 MB."""
@@ -44,21 +43,6 @@ class Evaluation:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else math.inf
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large a model is.
-
-    Attributes:
-        parameters: numbers it consists of, each counted once however often it is used.
-        resident_bytes: memory of its parameters and buffers.
-        stored_bytes: all files of its archive or checkpoint; None if it has none.
-    """
-
-    parameters: int
-    resident_bytes: int
-    stored_bytes: int | None
 
 
 def evaluate(
@@ -114,11 +98,6 @@ def evaluate(
     compared = reference is not None
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return Evaluation(perplexity, right, same if compared else None, kl if compared else None, count, seconds)
-
-
-def sizes(model: nn.Module, stored: PathLike | None = None) -> Sizes:
-    """Measure a model, and the directory or file that it is stored in."""
-    return Sizes(parameters(model), resident_bytes(model), None if stored is None else stored_bytes(stored))
 
 
 def resident_bytes(model: nn.Module) -> int:

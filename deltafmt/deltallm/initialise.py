@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,18 +30,37 @@ def delta_model(model: nn.Module, plan: Plan, *, moments: Mapping[str, torch.Ten
         moments: of delta modules' names, from `second_moments` of this very `model`: the difference is then weighted by
             the inputs that occur. `[in, in]`.
 
-    Raises `UsageError` for names that the model does not have.
+    Raises `UsageError` for names that the model does not have, and for one without a moment if there are any.
     """
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    made = copy.deepcopy(model, shared)  # deepcopy takes what it finds in its memo as copied already
-    made.requires_grad_(False)
+    if moments is not None and (lost := [name for name in plan.anchors if name not in moments]):
+        raise UsageError(f"there is no moment of '{lost[0]}'", hint="Measure those of all delta modules")
+    made = twin(model)
     for name, anchor in plan.anchors.items():
         own, other = _module(model, name), _module(model, anchor)
-        moment = None if moments is None else moments.get(name)
-        _replace(made, name, factors(own, other, plan.ranks[name], moment))
+        moment = None if moments is None else moments[name]
+        put_factors(made, name, factors(own, other, plan.ranks[name], moment))
     for name, anchor in plan.anchors.items():
         made.get_submodule(name).refer(made.get_submodule(anchor))  # type: ignore[operator]
     return made
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A model of modules of its own, with the same parameters and buffers, all frozen."""
+    held: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, held).requires_grad_(False)  # what deepcopy finds in its memo counts as copied
+
+
+def put_factors(model: nn.Module, name: str, low: Factors) -> None:
+    """Put the fused layer with these factors, and without a base, where a linear layer is.
+
+    Raises `UsageError` for a module that has no fused form.
+    """
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(name)
+    make = fused_like(module)
+    if make is None:
+        raise UsageError(f"{name} ({type(module).__name__}) has no fused form")
+    setattr(model.get_submodule(parent), leaf, make(low).train(module.training))
 
 
 def factors(module: nn.Module, anchor: nn.Module | None, rank: int, moment: torch.Tensor | None = None) -> Factors:
@@ -103,12 +123,3 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError as error:
         raise UsageError(f"the model has no module '{name}' that the plan names") from error
-
-
-def _replace(model: nn.Module, name: str, low: Factors) -> None:
-    parent, _, leaf = name.rpartition(".")
-    module = model.get_submodule(name)
-    make = fused_like(module)
-    if make is None:
-        raise UsageError(f"{name} ({type(module).__name__}) has no fused form")
-    setattr(model.get_submodule(parent), leaf, make(low).train(module.training))

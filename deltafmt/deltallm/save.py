@@ -108,9 +108,9 @@ def save(
 
 
 def save_frozen(student: nn.Module, directory: PathLike) -> None:
-    """Write what of a model is frozen and no delta, without loss: the base of a training's checkpoints. It is no model
-    by itself. Raises as `save`."""
-    with Staging(Path(directory)) as area:
+    """Write what of a model is frozen and no delta, without loss: the base of a training's checkpoints, in place of one
+    that is there. It is no model by itself. Raises as `save`."""
+    with Staging(Path(directory), overwrite=True) as area:
         writing = _Writing(student, area, None, None, None)
         writing.write_all(frozen=True)
         writing.finish({})

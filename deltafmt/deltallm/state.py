@@ -7,7 +7,6 @@ log.jsonl       one line for every few steps
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -16,12 +15,13 @@ import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import nn
 
 from ..checkpoint import FilePart
+from ..digests import digest, model_digest
 from ..errors import IntegrityError, UsageError
 from ..limits import DEFAULT_LIMITS
 from ..names import TRAINING_STATE
@@ -33,8 +33,11 @@ from .training import History, Training
 
 _STATE, _FACTS = TRAINING_STATE
 _LOG = "log.jsonl"
+_REMOVED = ".removed"
 _KEPT = 2
 """Checkpoints that are kept: the last one, and one more."""
+_FREE = ("checkpoint_every", "log_every")
+"""Of a training, what its result does not depend on."""
 
 
 class Weights:
@@ -106,6 +109,7 @@ class State:
         self,
         folder: Path | None,
         student: nn.Module,
+        teacher: nn.Module | None,
         plan: Plan | None,
         weights: Weights,
         training: Training,
@@ -113,10 +117,15 @@ class State:
         source: PathLike | None,
     ) -> None:
         self._folder, self._student, self._plan, self._source = folder, student, plan, source
-        self._weights, self._training, self._first = weights, training, 0
-        self._facts: dict[str, Any] = {"training": json.loads(json.dumps(asdict(training))), "text": ""}
+        self._weights, self._first = weights, 0
+        self._facts: dict[str, Any] = {}
         if folder is not None:
-            self._facts["text"] = hashlib.sha256(text.cpu().long().numpy()).hexdigest()
+            settings = json.loads(json.dumps(asdict(training)))
+            self._facts = {
+                "training": {name: value for name, value in settings.items() if name not in _FREE},
+                "text": digest(text.cpu().long().numpy()),
+                "frozen part": _frozen_digest(student, teacher),
+            }
 
     def fresh_steps(self, history: History) -> int:
         """Steps of this call."""
@@ -136,7 +145,7 @@ class State:
                 raise IntegrityError("not as it was written", where=str(last / name), hint="Remove this checkpoint")
         facts = json.loads((last / _FACTS).read_text())
         for key, value in self._facts.items():
-            if facts[key] != value:
+            if facts.get(key) != value:
                 raise UsageError(
                     f"the training to resume is another: its {key} differs",
                     where=str(last),
@@ -152,12 +161,15 @@ class State:
         if self._folder is not None:
             with (self._folder / _LOG).open("a") as file:
                 file.write(json.dumps(line) + "\n")
+                _flush(file)
 
     def _write_log(self, lines: list[dict[str, float]]) -> None:
         """What was logged after the checkpoint will be logged again."""
         assert self._folder is not None
         fresh = self._folder / f".{_LOG}.new"
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with fresh.open("w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            _flush(file)
         os.replace(fresh, self._folder / _LOG)
 
     def save(self, history: History) -> None:
@@ -182,21 +194,56 @@ class State:
                 overwrite=target.exists(),
             )
         for old in checkpoints(self._folder)[:-_KEPT]:
-            shutil.rmtree(old)
+            _remove(old)
 
 
 def begin(folder: Path, student: nn.Module, resume: bool) -> None:
-    """Make the directory of a training, with what is frozen. Raises `UsageError` if one is there and not resumed."""
-    if checkpoints(folder) and not resume:
+    """Make the directory of a training, with what is frozen. Raises `UsageError` if one is there and not resumed.
+
+    What a training left that ended before its first checkpoint is replaced.
+    """
+    found = checkpoints(folder)
+    if found and not resume:
         raise UsageError("a training is here already", where=str(folder), hint="Resume it, or choose another directory")
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "frozen").exists():
-        save_frozen(student, folder / "frozen")
+    for old in folder.glob(f".step-*{_REMOVED}"):
+        shutil.rmtree(old)
+    if not found:
         (folder / _LOG).unlink(missing_ok=True)
+    if not found or not (folder / "frozen").exists():
+        save_frozen(student, folder / "frozen")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a training's directory, in order. Each is whole: they appear by being renamed."""
+    """The checkpoints in a training's directory, in order. Each is whole: they appear, and go, by being renamed."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8}", path.name))
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under another name first: what is half removed must not be taken for a checkpoint."""
+    gone = checkpoint.with_name(f".{checkpoint.name}{_REMOVED}")
+    os.rename(checkpoint, gone)
+    shutil.rmtree(gone)
+
+
+def _flush(file: TextIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _frozen_digest(student: nn.Module, teacher: nn.Module | None) -> str:
+    """The digest of all that does not train, by name."""
+    trained = {id(each) for each in student.parameters() if each.requires_grad}
+    digests: dict[int, str] = {}  # most tensors are both models'
+    found = {}
+    for role, model in (("student", student), ("teacher", teacher)):
+        for name, tensor in () if model is None else model.state_dict(keep_vars=True).items():
+            if id(tensor) in trained:
+                continue
+            if id(tensor) not in digests:
+                bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                digests[id(tensor)] = digest(bits)
+            found[f"{role}/{name}"] = str(tensor.dtype), tuple(tensor.shape), digests[id(tensor)]
+    return model_digest(found)

@@ -79,7 +79,7 @@ def plan(model: nn.Module, structure: Structure, importance: Sequence[float] | N
                 continue
             if fused_like(module) is None or type(theirs.get(counterpart)) is not type(module):
                 raise UsageError(f"{name} ({type(module).__name__}) cannot be a delta of {counterpart}")
-            shape, found = _shape(module), _shape(theirs[counterpart])
+            shape, found = weight_shape(module), weight_shape(theirs[counterpart])
             if shape != found:
                 raise UsageError(f"{name} cannot be a delta of {counterpart}", expected=shape, found=found)
             anchors[name], shapes[name] = counterpart, shape
@@ -134,7 +134,8 @@ def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """Of a linear layer, as it is stored."""
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     rows, columns = weight.shape

@@ -92,7 +92,7 @@ def train(
     )
     tokens = text.to(torch.int32).to(place)  # uint16 cannot be indexed everywhere
     history = History()
-    state = State(folder, student, plan, weights, training, text, source)
+    state = State(folder, student, teacher, plan, weights, training, text, source)
     if resume and state.load(history) and history.steps >= training.steps:
         merge_lora(student, added)
         return history
