@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from ..dtypes import SILENT, Dtype, round_to, widen
 from ..methods.svd import truncated_svd
-from ..operators import Lowrank, Operator, Patch, Ref, Scope, Source, Sum, Target
+from ..operators import Lowrank, Operator, Ref, Scope, Source, Target
+from ..operators.forms import base_and_lowrank
 from ..reader import Archive
 
 Float32 = npt.NDArray[np.float32]
@@ -44,12 +45,8 @@ class Factors:
 
 def lowrank_part(recipe: Operator, name: str, base: str) -> Lowrank | None:
     """The low-rank node of a tensor that is its base plus that, patched or not; None if it is anything else."""
-    if isinstance(recipe, Patch):
-        recipe = recipe.prediction
-    if isinstance(recipe, Sum) and len(recipe.terms) == 2 and recipe.terms[0] == Ref(name, base):
-        part = recipe.terms[1]
-        return part if isinstance(part, Lowrank) else None
-    return None
+    found = base_and_lowrank(recipe)
+    return found.lowrank if found is not None and found.base == Ref(name, base) else None
 
 
 def lowrank_rank(part: Lowrank, scope: Scope, target: Target) -> int:
