@@ -214,6 +214,8 @@ def _(report: ExportReport) -> Iterator[RenderableType]:
 
 
 def _needed(base: str, report: PackReport) -> str:
+    if report.method == "repack":
+        return "  (what was taken from it is stored: reading the archive does not take it)"
     return "" if base in report.bases_needed else "  (nothing of it was of use: reading the archive does not take it)"
 
 

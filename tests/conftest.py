@@ -111,3 +111,14 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
         if request.param == "numpy":
             patching.setattr(native, "LIBRARY", None)
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread: tests run side by side, and a seed means the same everywhere."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

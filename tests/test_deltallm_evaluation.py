@@ -6,7 +6,6 @@ import copy
 import importlib
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -25,16 +24,12 @@ from deltafmt.deltallm.calibration import block_influence, second_moments
 from deltafmt.deltallm.evaluate import evaluate, resident_bytes, stored_bytes
 from deltafmt.deltallm.initialise import twin
 from deltafmt.deltallm.structure import parameters
+from deltallm_runs import METHODS
 
 IDS = torch.arange(130) * 37 % 256
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def new_llama(seed: int = 0) -> Any:
@@ -285,7 +280,7 @@ def test_the_experiment_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFi
     experiment.main(arguments)
     lines = (out / "results.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    assert [record["run"]["method"] for record in records] == list(experiment.METHODS)
+    assert [record["run"]["method"] for record in records] == list(METHODS)
     for record in records:
         if record["run"]["method"] in ("drop", "merge"):  # whole layers
             assert record["removed"] == pytest.approx(0.12, abs=0.07)

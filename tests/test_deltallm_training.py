@@ -41,12 +41,7 @@ IDS = TEXT[None, 1000:1040]
 SHORT = Training(tokens=512, batch=2, length=32, rate=2e-3, log_every=4)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def llama(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:

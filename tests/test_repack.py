@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import deltafmt
+from command_line import Run
 from deltafmt import IntegrityError, WrongBaseError
 from hostile import Tensor, manifest, tree, write_checkpoint
 
@@ -101,3 +102,11 @@ def test_damage_is_found_and_a_missing_base_too(lossy: tuple[Path, Path], tmp_pa
     with pytest.raises(IntegrityError):
         deltafmt.pack(archive, tmp_path / "again", base=base)
     assert not (tmp_path / "again").exists()
+
+
+def test_what_is_told_of_the_base_is_true(lossy: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
+    archive, base = lossy
+    code, told, error = run("pack", str(archive), str(tmp_path / "again"), "--base", str(base))
+    assert (code, error) == (0, "")
+    assert "what was taken from it is stored" in told
+    assert "nothing of it was of use" not in told
