@@ -34,7 +34,7 @@ class Product:
         self.rank, self._columns, self._rows = len(a), a.shape[1], b.shape[1]
         self.has_kernel = native.available() and a.dtype == np.float32
         if self.has_kernel:
-            self._a, self._b = native.panels(a, native.TILE_COLUMNS), native.panels(b, native.TILE_ROWS)
+            self._a, self._b = native.panels_of_a(a), native.panels_of_b(b)
         else:
             self._a, self._b = a.copy(), b.copy()
 
@@ -67,7 +67,7 @@ class Product:
         """The rows of `a` and `b`."""
         for k in range(self.rank):
             if self.has_kernel:
-                yield self._a[:, k].reshape(-1)[: self._columns], self._b[:, k].reshape(-1)[: self._rows]
+                yield native.component(self._a, k)[: self._columns], native.component(self._b, k)[: self._rows]
             else:
                 yield self._a[k], self._b[k]
 

@@ -25,13 +25,14 @@ Counts = npt.NDArray[np.int64]
 Problem = Literal["bits left over", "too large"]
 
 FILE = Path(__file__).with_name("libkernels.so.1")
-TILE_ROWS, TILE_COLUMNS = 4, 24  # as in product.c
-_ABI = 2  # as in native.h: another one is what an older build left behind
+TILE_ROWS, TILE_COLUMNS = 4, 48  # as in product.c, and that the even columns have a panel and the odd ones
+_ABI = 3  # as in native.h: another one is what an older build left behind
 _GROUPS = 256  # as in groups.c
 _PROBLEMS: tuple[Problem | None, ...] = (None, "bits left over", "too large")  # as in segments.c
 _POINTER, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, Sequence[Any]] = {
-    "pack_panels": (_POINTER, *[_COUNT] * 3, _POINTER),
+    "pack_a": (_POINTER, *[_COUNT] * 2, _POINTER),
+    "pack_b": (_POINTER, *[_COUNT] * 2, _POINTER),
     "set_product": (_POINTER, *[_COUNT] * 4, _POINTER, _POINTER),
     "add_product": (_POINTER, *[_COUNT] * 4, _POINTER, _POINTER),
     "add_product_in_bf16": (_POINTER, *[_COUNT] * 4, _POINTER, _POINTER),
@@ -83,13 +84,28 @@ def available() -> bool:
 # Products
 
 
-def panels(factor: Float32, width: int) -> Float32:
-    """A factor `[r, n]` as `[n / width, r, width]`, the last panel padded with zeros."""
+def panels_of_a(factor: Float32) -> Float32:
+    """A factor `[r, n]` as `[n / TILE_COLUMNS, 2, r, TILE_COLUMNS / 2]`, even and odd columns, padded with zeros."""
+    return _panels("pack_a", factor, TILE_COLUMNS, 2)
+
+
+def panels_of_b(factor: Float32) -> Float32:
+    """A factor `[r, m]` as `[m / TILE_ROWS, 1, r, TILE_ROWS]`, padded with zeros."""
+    return _panels("pack_b", factor, TILE_ROWS, 1)
+
+
+def _panels(kernel: str, factor: Float32, columns: int, apart: int) -> Float32:
     rank, count = factor.shape
     _require(factor.dtype == np.float32)
-    packed = aligned(np.float32, -(-count // width) * rank * width).reshape(-1, rank, width)
-    _call("pack_panels", factor, rank, count, width, packed)
+    groups = -(-count // columns)
+    packed = aligned(np.float32, groups * rank * columns).reshape(groups, apart, rank, columns // apart)
+    _call(kernel, factor, rank, count, packed)
     return packed
+
+
+def component(panels: Float32, k: int) -> Float32:
+    """Row `k` of a factor that is in panels, with the zeros behind it."""
+    return panels[:, :, k].swapaxes(1, 2).reshape(-1)
 
 
 def product(into: Float32, top: int, a: Float32, b: Float32, first: bool) -> None:
@@ -97,18 +113,18 @@ def product(into: Float32, top: int, a: Float32, b: Float32, first: bool) -> Non
 
     Args:
         into: `[m, n]`, row `top` of the product and those below it.
-        a: `panels(A, TILE_COLUMNS)`, b: `panels(B, TILE_ROWS)`.
+        a: `panels_of_a(A)`, b: `panels_of_b(B)`.
     """
     _check_product(into, 4, top, a, b)
     rows, columns = into.shape
-    _call("set_product" if first else "add_product", into, top, top + rows, columns, a.shape[1], a, b)
+    _call("set_product" if first else "add_product", into, top, top + rows, columns, a.shape[2], a, b)
 
 
 def product_in_bf16(bits: Bits, top: int, a: Float32, b: Float32) -> None:
     """Add `product` to bf16 values, `[m, n]`, widened before and rounded behind it; a NaN has no sign."""
     _check_product(bits, 2, top, a, b)
     rows, columns = bits.shape
-    _call("add_product_in_bf16", bits, top, top + rows, columns, a.shape[1], a, b)
+    _call("add_product_in_bf16", bits, top, top + rows, columns, a.shape[2], a, b)
 
 
 def product_onto_bf16(bits: Bits, into: Float32, top: int, a: Float32, b: Float32) -> None:
@@ -116,15 +132,15 @@ def product_onto_bf16(bits: Bits, into: Float32, top: int, a: Float32, b: Float3
     _check_product(into, 4, top, a, b)
     _require((bits.shape, bits.itemsize) == (into.shape, 2))
     rows, columns = into.shape
-    _call("add_product_onto_bf16", bits, into, top, top + rows, columns, a.shape[1], a, b)
+    _call("add_product_onto_bf16", bits, into, top, top + rows, columns, a.shape[2], a, b)
 
 
 def _check_product(into: npt.NDArray[Any], width: int, top: int, a: Float32, b: Float32) -> None:
     rows, columns = into.shape
     _require(into.dtype == (np.float32 if width == 4 else np.uint16) and into.flags.writeable)
     _require(a.dtype == b.dtype == np.float32)
-    _require(a.shape == (-(-columns // TILE_COLUMNS), a.shape[1], TILE_COLUMNS))
-    _require(b.shape[1:] == (a.shape[1], TILE_ROWS))
+    _require(a.shape == (-(-columns // TILE_COLUMNS), 2, a.shape[2], TILE_COLUMNS // 2))
+    _require(b.shape[1:] == (1, a.shape[2], TILE_ROWS) and a.shape[2] > 0)
     _require(0 <= top <= top + rows <= TILE_ROWS * len(b))
 
 
@@ -190,7 +206,7 @@ def product_with_margins(bits: Bits, top: int, a: Float32, b: Float32, groups: B
     _require(out.itemsize == up.itemsize == 1)
     rows, columns = bits.shape
     known = groups.bounds, groups.bounds.size, groups.table
-    _call("add_product_with_margins", bits, top, top + rows, columns, a.shape[1], a, b, *known, out, up)
+    _call("add_product_with_margins", bits, top, top + rows, columns, a.shape[2], a, b, *known, out, up)
 
 
 def to_groups(bits: Bits, predicted: Bits, up: Bools | None, numbers: Numbers, chunk: int, out: Bits) -> Counts:

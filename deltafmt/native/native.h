@@ -21,7 +21,7 @@
 #define FAST
 #endif
 
-#define ABI 2 /* raised with every change of a function or of what it means: see native/__init__.py */
+#define ABI 3 /* raised with every change of a function or of what it means: see native/__init__.py */
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -39,11 +39,12 @@ INLINE float float_of(uint32_t bits) {
 
 INLINE float widened(uint16_t bf16) { return float_of((uint32_t)bf16 << 16); }
 
-/* To nearest, ties to even; a NaN is quiet and has no sign (spec/arithmetic.md). */
-INLINE uint16_t rounded(float value) {
-    uint32_t bits = bits_of(value);
-    uint32_t even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    return (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : (uint16_t)even;
+/* To nearest, ties to even; a NaN is quiet and has no sign (spec/arithmetic.md). The bf16 value is the upper half. */
+INLINE uint32_t in_high_half(float value) {
+    const uint32_t bits = bits_of(value);
+    return (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC00000 : bits + 0x7FFF + ((bits >> 16) & 1);
 }
+
+INLINE uint16_t rounded(float value) { return (uint16_t)(in_high_half(value) >> 16); }
 
 #endif
