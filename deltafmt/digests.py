@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import xxhash
@@ -17,6 +17,11 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 def is_digest(text: object) -> bool:
     return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
+
+
+def are_digests(texts: Iterable[str]) -> bool:
+    """`is_digest` of many."""
+    return all(map(_DIGEST.fullmatch, texts))
 
 
 def digest(data: Any) -> str:

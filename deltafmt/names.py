@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from .errors import MalformedError, printable
 from .limits import COMPONENT_BYTES, NAME_BYTES
@@ -37,6 +37,13 @@ def check_name(name: str, where: str) -> str:
     if name == "__metadata__":
         raise _refused(name, where)
     return _check_any_name(name, where)
+
+
+def check_plain(names: Collection[str]) -> None:
+    """Check many names as `check_name` does, and that none is long. Raises `MalformedError`, which names none."""
+    text = "".join(names)
+    if "" in names or "__metadata__" in names or _UNPRINTABLE.search(text) or max(map(len, names), default=0) > 255:
+        raise MalformedError("a name that needs a closer look", reason="name")
 
 
 def _check_any_name(name: str, where: str) -> str:

@@ -17,7 +17,8 @@ from .digests import digest
 from .dtypes import Bits
 from .errors import AccessError, DeltafmtError, IntegrityError, MalformedError, UsageError, WrongBaseError
 from .limits import DEFAULT_LIMITS, Limits
-from .manifest import Array, Base, Manifest, parse_manifest
+from .manifest import Array, Base, Manifest
+from .manifest_parser import parse_manifest
 from .names import MANIFEST, escaped, is_shard_name
 from .operators.base import Read
 from .rebuild import Rebuilder

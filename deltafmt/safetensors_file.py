@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
+from itertools import chain
+from operator import sub
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from .digests import digest
 from .dtypes import Bits, Dtype, Shape, dtype
-from .errors import AccessError, IntegrityError, MalformedError, UsageError
+from .errors import AccessError, DeltafmtError, IntegrityError, MalformedError, UsageError
 from .limits import DEFAULT_LIMITS, MAX_INTEGER, Limits
 from .names import MANIFEST, escaped
-from .strictjson import Record, canonical, parse
+from .records import Record, kinds_and_shapes
+from .strictjson import canonical, parse
 
 _LENGTH = 8  # bytes of the header's length at the beginning of a file
 _MAX_READ = 1 << 30
@@ -48,11 +52,7 @@ def parse_header(header: bytes, where: str, limits: Limits = DEFAULT_LIMITS) -> 
         limits.check("tensors", len(document), where)
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise MalformedError("__metadata__ maps strings to strings", where=where)
-        entries = []
-        name = ""
-        for name, item in document.items():
-            entries.append((name, _parse_entry(item, where, limits)))
-        entries.sort(key=_position)
+        entries = sorted(_parse_entries(document, where, limits), key=_position)
     except MalformedError as error:
         if error.reason != "limit":
             error.reason = "shard-header"
@@ -79,18 +79,35 @@ def _position(item: tuple[str, Entry]) -> tuple[int, int]:
 _ENTRY = Record(dtype=str, shape=list, data_offsets=list)
 
 
+def _parse_entries(items: dict[str, Any], where: str, limits: Limits) -> list[tuple[str, Entry]]:
+    with suppress(DeltafmtError):  # which the other way raises too, and says where
+        kind_names, sizes, offsets = _ENTRY.columns(items.values())
+        kinds, shapes = kinds_and_shapes(kind_names, sizes, lambda size, _: _parse_sizes(size, "", limits))
+        if set(map(len, offsets)) == {2} and set(map(type, chain.from_iterable(offsets))) == {int}:
+            begins, ends = zip(*offsets, strict=True)
+            lengths = [kind.nbytes(shape) for kind, shape in zip(kinds, shapes, strict=True)]
+            if min(begins) >= 0 and max(ends) <= MAX_INTEGER and lengths == list(map(sub, ends, begins)):
+                return list(zip(items, map(Entry, kinds, shapes, begins, ends), strict=True))
+    return [(name, _parse_entry(item, where, limits)) for name, item in items.items()]
+
+
 def _parse_entry(item: object, where: str, limits: Limits) -> Entry:
-    kind_name, shape, offsets = _ENTRY(item, where)
-    kind = dtype(kind_name, where)
-    limits.check("dimensions", len(shape), where)  # before their product is taken
-    for number in (*shape, *offsets):
-        if type(number) is not int or not 0 <= number <= MAX_INTEGER:
-            raise MalformedError("not a size", where=where, found=repr(number)[:40])
+    kind_name, size, offsets = _ENTRY(item, where)
+    kind, shape = dtype(kind_name, where), _parse_sizes(size, where, limits)
+    _parse_sizes(offsets, where, limits)
     if len(offsets) != 2 or offsets[1] - offsets[0] != kind.nbytes(shape):
         raise MalformedError(
             "offsets that do not fit the shape", where=where, expected=kind.nbytes(shape), found=offsets
         )
-    return Entry(kind, tuple(shape), offsets[0], offsets[1])
+    return Entry(kind, shape, offsets[0], offsets[1])
+
+
+def _parse_sizes(numbers: list[Any], where: str, limits: Limits) -> Shape:
+    limits.check("dimensions", len(numbers), where)  # before their product is taken
+    for number in numbers:
+        if type(number) is not int or not 0 <= number <= MAX_INTEGER:
+            raise MalformedError("not a size", where=where, found=repr(number)[:40])
+    return tuple(numbers)
 
 
 def is_carrier(path: Path) -> bool:

@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any, NoReturn
 
 from .errors import MalformedError
@@ -107,37 +106,6 @@ def _check_surrogates(value: Any, refuse: Any) -> None:
 def canonical(value: Any) -> bytes:
     """Print a value in canonical form: keys sorted by code point, no white space, UTF-8."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
-
-
-class Record:
-    """Objects with a fixed set of keys, each with one Python type: `Record(name=str, size=int)`.
-
-    Called with a value and its JSON pointer, gives the values in the order of the keys. Manifests hold thousands of
-    such objects; this reads one in a microsecond. Raises `MalformedError` (reason `schema`).
-    """
-
-    def __init__(self, **kinds: type) -> None:
-        self._kinds = kinds
-        self._types = list(kinds.values())
-        self._values = itemgetter(*kinds)
-
-    def __call__(self, value: object, pointer: str) -> tuple[Any, ...]:
-        if type(value) is dict and len(value) == len(self._kinds):
-            try:
-                values: tuple[Any, ...] = self._values(value)
-            except KeyError:
-                pass
-            else:
-                if list(map(type, values)) == self._types:
-                    return values
-        fields = Fields(value, pointer)
-        for key, kind in self._kinds.items():
-            fields.take(key, kind, _EXPECTED[kind])
-        fields.done()
-        raise AssertionError("the fast path accepts what `Fields` accepts")
-
-
-_EXPECTED = {str: "a string", int: "an integer", list: "a list", dict: "an object"}
 
 
 class Fields:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import deltafmt
 from deltafmt import MalformedError, native
 from deltafmt.dtypes import DTYPES
-from deltafmt.manifest import parse_manifest
+from deltafmt.manifest_parser import parse_manifest
 from deltafmt.operators import Facts, Lowrank, Operator, Rows, Scaled, Stored, Sum, Target
 from deltafmt.operators.base import Read
 from deltafmt.rebuild import Rebuilder

@@ -17,7 +17,8 @@ import transformers
 import deltafmt
 import merges
 from deltafmt.errors import UnsupportedError, UsageError, WrongBaseError
-from deltafmt.manifest import BaseTensor, parse_manifest
+from deltafmt.manifest import BaseTensor
+from deltafmt.manifest_parser import parse_manifest
 from deltafmt.operators import Lowrank, Patch, Ref, Stored
 from deltafmt.torch import BaseCache, MultiTenant, load_model, merge, swap, trainable
 from deltafmt.torch.fused import DeltaEmbedding, DeltaLinear, Factors, deltas

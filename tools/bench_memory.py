@@ -32,20 +32,19 @@ def peak_memory(arguments: list[str]) -> tuple[int, float]:
     return usage.ru_maxrss * unit, time.perf_counter() - begin
 
 
-def make(*arguments: str) -> None:
-    """Run `synthetic.py ARGUMENTS` in a process of its own.
+def make(script: str, *arguments: str) -> None:
+    """Run a script that lies beside this one in a process of its own.
 
     Not in this one: Linux counts the memory of a parent, as it is at the start of a child, in the peak of the child.
     """
-    script = Path(__file__).with_name("synthetic.py")
-    subprocess.run([sys.executable, str(script), *arguments], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *arguments], stdout=subprocess.DEVNULL, check=True)
 
 
 def measure(report: Report, work: Path, total_bytes: int, shard_bytes: int) -> bool:
     """Pack and unpack the model, alone and against a base. Returns whether the promise held."""
     base, tuned = work / "base", work / "tuned"
-    make("random", str(base), f"--total-bytes={total_bytes}", f"--shard-bytes={shard_bytes}")
-    make("merged-lora", str(base), str(tuned), "--rank=8")
+    make("synthetic.py", "random", str(base), f"--total-bytes={total_bytes}", f"--shard-bytes={shard_bytes}")
+    make("merges.py", "lora", str(base), str(tuned), "--rank=8")
     largest = max(tensor.nbytes for tensor in read_checkpoint(base))
     bound = ALLOWANCE + 2 * largest
     rows: list[dict[str, Cell]] = []

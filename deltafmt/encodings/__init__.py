@@ -15,8 +15,8 @@ import numpy as np
 from ..dtypes import Bits, Dtype
 from ..errors import MalformedError, UnsupportedError
 from ..limits import CHUNK_BYTES, MAX_INTEGER
+from ..records import Record
 from ..scratch import scratch
-from ..strictjson import Record
 from . import planes, segments, zstd
 from .planes import Plane
 
@@ -48,10 +48,7 @@ class Encoding:
     @classmethod
     def parse(cls, value: object, pointer: str, dtype: Dtype) -> Encoding:
         """From the manifest's JSON. Raises `MalformedError` (schema, limit) or `UnsupportedError` (encoding)."""
-        values = _FIELDS(value, pointer)
-        if (known_encoding := _SEEN.get((dtype.name, values))) is not None:
-            return known_encoding
-        filter_name, coder, chunk = values
+        filter_name, coder, chunk = _FIELDS(value, pointer)
         encoding = cls(filter_name, coder, chunk, _is_signed(dtype))
         if not 1 <= encoding.chunk <= MAX_INTEGER:
             raise MalformedError("not a chunk size", where=pointer, found=encoding.chunk, reason="schema")
@@ -77,8 +74,6 @@ class Encoding:
                 found=encoding.chunk,
                 reason="limit",
             )
-        if len(_SEEN) < _MOST_SEEN:
-            _SEEN[dtype.name, values] = encoding
         return encoding
 
     def to_json(self) -> dict[str, Any]:
@@ -106,8 +101,12 @@ class Encoding:
         return self.chunks(count) * (1 + self.planes(dtype))
 
 
-_SEEN: dict[tuple[str, tuple[str, str, int]], Encoding] = {}  # a manifest has thousands of arrays and few encodings
-_MOST_SEEN = 1000  # a hostile one may have a million
+def parse_encodings(values: Sequence[object], dtypes: Sequence[Dtype]) -> list[Encoding]:
+    """`Encoding.parse` of many arrays, among which there are few encodings. Its errors do not say where."""
+    keys = list(zip((dtype.name for dtype in dtypes), *_FIELDS.columns(values), strict=True))
+    examples = dict(zip(keys, zip(values, dtypes, strict=True), strict=True))
+    known = {key: Encoding.parse(value, "", dtype) for key, (value, dtype) in examples.items()}
+    return [known[key] for key in keys]
 
 
 def choose_chunk(shape: Sequence[int], width: int) -> int:
