@@ -19,6 +19,7 @@ from deltafmt.dtypes import DTYPES, round_to
 from deltafmt.encodings import planes, segments, zstd
 from deltafmt.errors import MalformedError
 from deltafmt.gemm import Product
+from deltafmt.operators.patch import difference
 
 Array = npt.NDArray[Any]
 
@@ -99,6 +100,34 @@ def test_every_bf16_and_its_ties() -> None:
     wide = np.empty(1 << 16, np.float32)
     native.widen_bf16(np.arange(1 << 16, dtype=np.uint16), wide)
     assert np.array_equal(wide.view(np.uint32), np.arange(1 << 16, dtype=np.uint32) << 16)
+
+
+@given(
+    st.sampled_from([2, 4, 8]),
+    st.sampled_from([1, 2, 3, 9, 16, 17, 40, 256]),
+    st.sampled_from([0, 1, 31, 32, 33, 511, 512, 513, 3000]),
+    st.sampled_from([1, 100, 512, 600, 5000]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_residuals_in_order_of_groups(
+    width: int, groups: int, size: int, chunk: int, mirrored: bool, seed: int
+) -> None:
+    """A stable sort by the number within each chunk, whichever way it is done; and back."""
+    random = np.random.default_rng(seed)
+    target, predicted = bits(width, size, seed), bits(width, size, seed + 1)
+    numbers = (groups * random.random(size) ** 3).astype(np.uint8)
+    up = random.random(size) < 0.5 if mirrored else None
+    sorted_, back = np.empty_like(target), predicted.copy()
+    lengths = native.to_groups(target, predicted, up, numbers, chunk, sorted_)
+    dtype = next(each for each in DTYPES.values() if each.is_float and each.width == width)
+    residual = difference(target, predicted, dtype, up)
+    for index, begin in enumerate(range(0, size, chunk)):
+        part = slice(begin, begin + chunk)
+        assert np.array_equal(sorted_[part], residual[part][np.argsort(numbers[part], kind="stable")])
+        assert np.array_equal(lengths[index], np.bincount(numbers[part], minlength=256))
+    native.from_groups(sorted_, up, numbers, groups, chunk, back)
+    assert np.array_equal(back, target)
 
 
 @settings(deadline=None)

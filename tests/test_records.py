@@ -70,7 +70,8 @@ def odd_edit(data: st.DataObject, items: dict[str, Any]) -> dict[str, Any]:
         case "value":
             record[key] = data.draw(st.sampled_from(ODD))
         case "inside" if record[key] and isinstance(record[key], (dict, list)):
-            inner = data.draw(st.sampled_from(sorted(record[key]) if isinstance(record[key], dict) else range(len(record[key]))))
+            keys = sorted(record[key]) if isinstance(record[key], dict) else range(len(record[key]))
+            inner = data.draw(st.sampled_from(keys))
             record[key][inner] = data.draw(st.sampled_from(ODD))
         case "less":
             del record[key]

@@ -37,7 +37,8 @@ def make(script: str, *arguments: str) -> None:
 
     Not in this one: Linux counts the memory of a parent, as it is at the start of a child, in the peak of the child.
     """
-    subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *arguments], stdout=subprocess.DEVNULL, check=True)
+    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
 
 
 def measure(report: Report, work: Path, total_bytes: int, shard_bytes: int) -> bool:

@@ -99,6 +99,8 @@ class Coding:
 
     def guess(self) -> float:
         """Bytes that the array would take if a few thousand elements of its middle are like all others."""
+        if self.encoding.is_raw:
+            return self.bits.nbytes
         count = min(_GUESSED, self.bits.size)
         begin = (self.bits.size - count) // 2
         planes = encode_chunk(self.bits[begin : begin + count], self.encoding)

@@ -242,8 +242,8 @@ def _check_groups(first: Bits, second: Bits, up: Bools | None, numbers: Numbers)
 
 def split_planes(bits: Bits, floats: bool, out: Sequence[Numbers]) -> None:
     """Elements `[m]` of two bytes or more to planes: `encodings.planes.split`. The planes lie one behind the other."""
-    begin = out[0].ctypes.data
-    _require([plane.ctypes.data for plane in out] == [begin + index * bits.size for index in range(bits.itemsize)])
+    begin = _address(out[0])
+    _require([_address(plane) for plane in out] == [begin + index * bits.size for index in range(bits.itemsize)])
     _require(all((plane.size, plane.itemsize) == (bits.size, 1) for plane in out))
     _call(f"split_planes_{bits.itemsize}", bits, bits.size, floats, out[0])
 
@@ -310,7 +310,14 @@ def _require(condition: bool) -> None:
 def _addresses(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uintp]:
     """Where each begins: a list of pointers, to be used while they are there."""
     _require(all(array.flags.c_contiguous for array in arrays))
-    return np.array([array.ctypes.data for array in arrays], np.uintp)
+    return np.array([_address(array) for array in arrays], np.uintp)
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    """Where it begins. `array.ctypes.data` says so too, and takes three times as long."""
+    if array.size and array.flags.writeable:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    return int(array.ctypes.data)
 
 
 def _call(name: str, *arguments: npt.NDArray[Any] | int | None) -> Any:
@@ -320,7 +327,7 @@ def _call(name: str, *arguments: npt.NDArray[Any] | int | None) -> Any:
         if isinstance(argument, np.ndarray):
             flags = argument.flags
             _require(flags.c_contiguous and flags.aligned)
-            passed.append(argument.ctypes.data)
+            passed.append(_address(argument))
         else:
             passed.append(argument)
     _require(flags.writeable)

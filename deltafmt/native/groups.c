@@ -4,10 +4,12 @@
    The elements are walked in STREAMS runs side by side: neighbours are mostly of the same group, and one walk would wait
    for its own counter after each step. */
 
+#include "compaction.h"
 #include "groups.h"
 
 #define GROUPS 256
 #define STREAMS 4
+#define FEW_GROUPS 16 /* up to which it is faster to move one together after the other */
 #define BLOCK 64  /* elements of which the members of a group are counted at a time */
 #define SPARSE 32 /* elements to one residual that is not zero, from which it pays to look for these */
 
@@ -34,11 +36,19 @@ INLINE uint64_t equal_bytes(const uint8_t *numbers, int64_t left, uint8_t group)
     return left < 8 ? found & (((uint64_t)1 << (8 * left)) - 1) : found;
 }
 
-/* How many elements of each number there are in each stream, `[STREAMS][GROUPS]`. The last stream is longer if the
-   elements do not divide. */
-INLINE void count_numbers(const uint8_t *numbers, int64_t total, int64_t *counts) {
-    uint32_t partial[STREAMS][GROUPS] = {{0}};
+/* How many elements of each number below `groups` there are in each stream, `[STREAMS][GROUPS]`. The last stream is
+   longer if the elements do not divide. */
+INLINE void count_numbers(const uint8_t *numbers, int64_t total, int64_t groups, int64_t *counts) {
     const int64_t run = total / STREAMS;
+    if (groups <= FEW_GROUPS) {
+        memset(counts, 0, STREAMS * GROUPS * sizeof *counts);
+        for (int64_t s = 0; s < STREAMS; s++)
+            for (int64_t g = 0; g < groups; g++)
+                counts[s * GROUPS + g] =
+                    count_equal(numbers + s * run, s + 1 < STREAMS ? run : total - s * run, (uint8_t)g);
+        return;
+    }
+    uint32_t partial[STREAMS][GROUPS] = {{0}};
     for (int64_t i = 0; i < run; i++)
         for (int s = 0; s < STREAMS; s++) partial[s][numbers[s * run + i]]++;
     for (int64_t i = STREAMS * run; i < total; i++) partial[STREAMS - 1][numbers[i]]++;

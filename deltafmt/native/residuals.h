@@ -33,7 +33,7 @@ INLINE void NAME(to_groups_of_chunk)(const TYPE *restrict bits, const TYPE *rest
                                      int64_t *restrict lengths, TYPE *restrict grouped) {
     TYPE folded[STREAMS][PART];
     int64_t places[STREAMS * GROUPS];
-    count_numbers(numbers, total, places);
+    count_numbers(numbers, total, GROUPS, places);
     begins(places);
     for (int g = 0; g < GROUPS; g++) lengths[g] = (g + 1 < GROUPS ? places[g + 1] : total) - places[g];
     const int64_t run = total / STREAMS, last = STREAMS * run;
@@ -49,12 +49,47 @@ INLINE void NAME(to_groups_of_chunk)(const TYPE *restrict bits, const TYPE *rest
     for (int64_t i = last; i < total; i++) grouped[places[(STREAMS - 1) * GROUPS + numbers[i]]++] = folded[0][i - last];
 }
 
+/* The same for few groups: of each block, group after group is moved together. */
+INLINE void NAME(to_few_groups_of_chunk)(const TYPE *restrict bits, const TYPE *restrict predicted,
+                                         const uint8_t *restrict up, const uint8_t *restrict numbers, int64_t total,
+                                         int64_t groups, int64_t *restrict lengths, TYPE *restrict grouped) {
+    TYPE folded[PART], together[PART + STEP];
+    uint8_t own[PART];
+    int64_t places[FEW_GROUPS] = {0};
+    memset(lengths, 0, GROUPS * sizeof *lengths);
+    for (int64_t g = 0, place = 0; g < groups; g++) {
+        lengths[g] = count_equal(numbers, total, (uint8_t)g);
+        places[g] = place;
+        place += lengths[g];
+    }
+    for (int64_t begin = 0; begin < total; begin += PART) {
+        const int64_t size = total - begin < PART ? total - begin : PART;
+        NAME(fold)(bits + begin, predicted + begin, up ? up + begin : NULL, size, folded);
+        memset(own + size, 0xFF, (size_t)(PART - size)); /* no group's */
+        memcpy(own, numbers + begin, (size_t)size);
+        for (int64_t g = 0; g < groups; g++) {
+            const int64_t count = NAME(compact)(folded, own, size, (uint8_t)g, together);
+            memcpy(grouped + places[g], together, (size_t)count * sizeof(TYPE));
+            places[g] += count;
+        }
+    }
+}
+
 EXPORT FAST void NAME(to_groups)(const TYPE *restrict bits, const TYPE *restrict predicted, const uint8_t *restrict up,
                                  const uint8_t *restrict numbers, int64_t total, int64_t chunk,
                                  int64_t *restrict lengths, TYPE *restrict grouped) {
-    for (int64_t at = 0; at < total; at += chunk, lengths += GROUPS)
-        NAME(to_groups_of_chunk)(bits + at, predicted + at, up ? up + at : NULL, numbers + at,
-                                 total - at < chunk ? total - at : chunk, lengths, grouped + at);
+    uint8_t most = 0;
+    for (int64_t i = 0; i < total; i++) most = numbers[i] > most ? numbers[i] : most;
+    const int few = HAS_COMPACTION && sizeof(TYPE) < 8 && most < FEW_GROUPS;
+    for (int64_t at = 0; at < total; at += chunk, lengths += GROUPS) {
+        const int64_t size = total - at < chunk ? total - at : chunk;
+        const uint8_t *of_chunk = up ? up + at : NULL;
+        if (few)
+            NAME(to_few_groups_of_chunk)(bits + at, predicted + at, of_chunk, numbers + at, size, most + 1, lengths,
+                                         grouped + at);
+        else
+            NAME(to_groups_of_chunk)(bits + at, predicted + at, of_chunk, numbers + at, size, lengths, grouped + at);
+    }
 }
 
 /* The next residual in [place, end) that is not zero; `end` if there is none. */
@@ -111,7 +146,7 @@ INLINE void NAME(from_groups_of_chunk)(const TYPE *restrict grouped, const uint8
     }
     TYPE folded[STREAMS][PART];
     int64_t places[STREAMS * GROUPS];
-    count_numbers(numbers, total, places);
+    count_numbers(numbers, total, groups, places);
     begins(places);
     const int64_t run = total / STREAMS, last = STREAMS * run;
     for (int64_t begin = 0; begin < run; begin += PART) {
