@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from deltafmt.errors import MalformedError
 from deltafmt.methods.grouping import _BY_MARGIN as COST
-from deltafmt.methods.grouping import exponent_bounds, margin_bounds
+from deltafmt.methods.grouping import exponent_bounds, kinds, margin_bounds
 from deltafmt.operators.groups import Groups
 
 Keys = npt.NDArray[Any]
@@ -70,7 +70,7 @@ def assert_a_reader_takes(by: str, bounds: tuple[int, ...]) -> None:
 @given(keys8 | keys16, st.sampled_from([np.uint16, np.uint32, np.uint64]), st.integers(1, 1 << 18), st.integers(0, 99))
 def test_bounds_by_exponent_are_valid(keys: Keys, dtype: type[Any], elements: int, seed: int) -> None:
     residuals = np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, len(keys), dtype, endpoint=True)
-    assert_a_reader_takes("exponent", exponent_bounds(keys, residuals, elements))
+    assert_a_reader_takes("exponent", exponent_bounds(kinds(keys, residuals), elements))
 
 
 @given(keys8 | keys16, st.integers(1, 1 << 18), st.integers(0, 2**32))
@@ -106,7 +106,7 @@ def test_groups_of_exponents_say_most_of_what_exponents_do(typical: float) -> No
     noise = typical * np.random.default_rng(1).standard_normal(len(keys)) * 2.0 ** (126 - keys.astype(float))
     places = np.clip(np.rint(noise), -30_000, 30_000).astype(np.int64)
     residuals = np.where(places < 0, -2 * places - 1, 2 * places).astype(np.uint16)  # zigzag
-    bounds = exponent_bounds(keys, residuals, len(keys))
+    bounds = exponent_bounds(kinds(keys, residuals), len(keys))
     alone, all_known = entropy(residuals, np.zeros_like(keys)), entropy(residuals, keys)
     known = entropy(residuals, np.searchsorted(np.asarray(bounds), keys, side="right"))
     assert all_known < 0.95 * alone
@@ -116,6 +116,6 @@ def test_groups_of_exponents_say_most_of_what_exponents_do(typical: float) -> No
 def test_exponents_that_say_nothing_make_no_groups() -> None:
     keys = exponents_of_weights(1 << 17)
     residuals = np.random.default_rng(1).integers(0, 8, len(keys)).astype(np.uint16)
-    assert exponent_bounds(keys, residuals, len(keys)) == ()
-    assert exponent_bounds(keys, np.zeros_like(residuals), len(keys)) == ()
-    assert exponent_bounds(np.full_like(keys, 120), residuals, len(keys)) == ()
+    assert exponent_bounds(kinds(keys, residuals), len(keys)) == ()
+    assert exponent_bounds(kinds(keys, np.zeros_like(residuals)), len(keys)) == ()
+    assert exponent_bounds(kinds(np.full_like(keys, 120), residuals), len(keys)) == ()

@@ -19,6 +19,7 @@ from deltafmt.dtypes import DTYPES, round_to
 from deltafmt.encodings import planes, segments, zstd
 from deltafmt.errors import MalformedError
 from deltafmt.gemm import Product
+from deltafmt.methods.grouping import kinds_by_exponent
 from deltafmt.operators.patch import difference
 
 Array = npt.NDArray[Any]
@@ -100,6 +101,27 @@ def test_every_bf16_and_its_ties() -> None:
     wide = np.empty(1 << 16, np.float32)
     native.widen_bf16(np.arange(1 << 16, dtype=np.uint16), wide)
     assert np.array_equal(wide.view(np.uint32), np.arange(1 << 16, dtype=np.uint32) << 16)
+
+
+@given(
+    st.sampled_from(["BF16", "F16", "F32", "F64"]),
+    st.sampled_from([1, 5, 700, 4000]),
+    st.integers(1, 9),
+    st.integers(0, 99),
+)
+def test_kinds_by_exponent(name: str, size: int, step: int, seed: int) -> None:
+    """Residuals of any size, from none to those between numbers of either sign."""
+    dtype = DTYPES[name]
+    target = bits(dtype.width, size, seed)
+    shifts = np.random.default_rng(seed).integers(0, 8 * dtype.width, size).astype(target.dtype)
+    predicted = target + (bits(dtype.width, size, seed + 1) >> shifts)
+    found = kinds_by_exponent(predicted, target, dtype, step)
+    patching = without_kernels()
+    expected = kinds_by_exponent(predicted, target, dtype, step)
+    patching.undo()
+    wider = np.zeros_like(found)
+    wider[: expected.shape[0], : expected.shape[1]] = expected
+    assert np.array_equal(found, wider)
 
 
 @given(

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..dtypes import Bits
-from ..operators.groups import LARGEST_BOUND, MOST_BOUNDS, Keys
+from .. import native
+from ..dtypes import Bits, Dtype
+from ..operators.groups import LARGEST_BOUND, MOST_BOUNDS, Keys, exponent_mask, exponents
+from ..operators.patch import difference
 
 _BY_EXPONENT, _BY_MARGIN = 120, 40
 """Bytes that one more group takes in a chunk: its part of the directory, frames, code tables. Of the many zeros in a
@@ -20,24 +22,42 @@ _LEARNT = 0.72  # bits: by so much each frequency that is learnt from a sample m
 _AT_ONCE = 1 << 16  # numbers: what is computed for several groups in one step stays in the cache
 
 Float64 = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.integer[Any]]
 
 
-def exponent_bounds(keys: Keys, residuals: Bits, elements: int) -> tuple[int, ...]:
+def kinds_by_exponent(predicted: Bits, bits: Bits, dtype: Dtype, step: int) -> Counts:
+    """`kinds` of every `step`-th element of a tensor and its prediction, both `[m]` bits of `dtype`."""
+    if native.available() and dtype.width > 1:
+        return native.kinds_by_exponent(predicted, bits, dtype.mantissa_bits, exponent_mask(dtype), step)
+    some = np.ascontiguousarray(predicted[::step])
+    return kinds(exponents(some, dtype), difference(np.ascontiguousarray(bits[::step]), some, dtype))
+
+
+def kinds(keys: Keys, residuals: Bits) -> Counts:
+    """How many elements there are of each exponent and kind of residual: `[exponents, kinds]`.
+
+    Args:
+        keys: `[m]`, the exponents.
+        residuals: `[m]`. Of a kind are those with the same leading bit and the one after it: all that an exponent can
+            foretell.
+    """
+    of_each = np.maximum(residuals.astype(np.float32).view(np.int32) >> 22, _ZERO) - _ZERO
+    most = int(of_each.max()) + 1
+    size = (int(keys.max()) + 1) * most
+    return np.bincount(keys.astype(np.intp) * most + of_each, minlength=size).reshape(-1, most)
+
+
+def exponent_bounds(counts: Counts, elements: int) -> tuple[int, ...]:
     """The bounds that cost the fewest bytes, by the entropy of residuals in each group.
 
     Args:
-        keys: the exponents of a sample.
-        residuals: the residual of each element of it.
+        counts: `kinds` of a sample.
         elements: how many there are in a chunk.
     """
-    # The leading bit of a residual and the one after it: all that an exponent can foretell.
-    kinds = np.maximum(residuals.astype(np.float32).view(np.int32) >> 22, _ZERO) - _ZERO
-    most = int(kinds.max()) + 1
-    counts = np.bincount(keys.astype(np.intp) * most + kinds, minlength=(int(keys.max()) + 1) * most).reshape(-1, most)
     values = np.flatnonzero(counts.any(axis=1))
     sums = _sums(counts[values][:, counts.any(axis=0)])
     bits = _bits_of_groups(sums, _LEARNT)
-    return _cheapest(values, [elements / keys.size / 8 * of_each for of_each in bits], _BY_EXPONENT)
+    return _cheapest(values, [elements / counts.sum() / 8 * of_each for of_each in bits], _BY_EXPONENT)
 
 
 def margin_bounds(keys: Keys, missed: npt.NDArray[np.bool_], elements: int) -> tuple[int, ...]:

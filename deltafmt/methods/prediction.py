@@ -17,11 +17,11 @@ from ..encodings import Encoding, compressed, encode_chunk, integers
 from ..gemm import round_wide
 from ..operators import Facts, Operator, Ref, Rows, Stored, Target, Value
 from ..operators.base import Read, Wide
-from ..operators.groups import Grouping, Groups, exponents, margins
-from ..operators.patch import cast, difference
+from ..operators.groups import Grouping, Groups, margins
+from ..operators.patch import cast
 from ..scratch import borrowed, scratch
 from ..writer import ArchiveWriter
-from .grouping import exponent_bounds, margin_bounds
+from .grouping import exponent_bounds, kinds_by_exponent, margin_bounds
 
 _ENTRY_BYTES = 450  # what an array takes in manifest and shard header
 _SAMPLE = 1 << 15  # elements that the bounds of groups are chosen by
@@ -82,9 +82,10 @@ class Referred(Prediction):
         if not dtype.is_float or count < _FEWEST:
             return None
         step = max(2 * bits.size // _SAMPLE, 1)
-        predicted = cast(np.ascontiguousarray(self.bits[::step]), self.dtype, dtype)
-        residuals = difference(np.ascontiguousarray(bits[::step]), predicted, dtype)
-        bounds = exponent_bounds(exponents(predicted, dtype), residuals, count)
+        predicted = self.bits
+        if self.dtype != dtype:
+            predicted, bits, step = cast(predicted[::step], self.dtype, dtype), np.ascontiguousarray(bits[::step]), 1
+        bounds = exponent_bounds(kinds_by_exponent(predicted, bits, dtype, step), count)
         return Groups("exponent", bounds) if bounds else None
 
     def write(self, name: str, writer: ArchiveWriter) -> Operator:

@@ -27,7 +27,7 @@ Problem = Literal["bits left over", "too large"]
 FILE = Path(__file__).with_name("libkernels.so.1")
 TILE_ROWS, TILE_COLUMNS = 4, 48  # as in product.c, and that the even columns have a panel and the odd ones
 _ABI = 3  # as in native.h: another one is what an older build left behind
-_GROUPS = 256  # as in groups.c
+_GROUPS, _KINDS = 256, 132  # as in groups.c
 _PROBLEMS: tuple[Problem | None, ...] = (None, "bits left over", "too large")  # as in segments.c
 _POINTER, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, Sequence[Any]] = {
@@ -46,6 +46,7 @@ _SIGNATURES: dict[str, Sequence[Any]] = {
 for _width in (2, 4, 8):
     _SIGNATURES |= {
         f"exponent_groups_{_width}": (_POINTER, _COUNT, _INT, _INT, _POINTER, _COUNT, *[_POINTER] * 2),
+        f"kinds_by_exponent_{_width}": (*[_POINTER] * 2, *[_COUNT] * 2, _INT, _INT, _POINTER),
         f"to_groups_{_width}": (*[_POINTER] * 4, _COUNT, _COUNT, _POINTER, _POINTER),
         f"from_groups_{_width}": (*[_POINTER] * 3, _COUNT, _COUNT, _INT, _POINTER),
         f"split_planes_{_width}": (_POINTER, _COUNT, _INT, _POINTER),
@@ -184,6 +185,15 @@ def exponent_groups(bits: Bits, mantissa_bits: int, mask: int, groups: Bounds, o
     _require(out.itemsize == 1)
     known = groups.bounds, groups.bounds.size, groups.table
     _call(f"exponent_groups_{bits.itemsize}", bits, bits.size, mantissa_bits, mask, *known, out)
+
+
+def kinds_by_exponent(predicted: Bits, bits: Bits, mantissa_bits: int, mask: int, step: int) -> Counts:
+    """`methods.grouping.kinds_by_exponent` of bits of two bytes or more: `[mask + 1, 132]`."""
+    _require((predicted.size, predicted.itemsize) == (bits.size, bits.itemsize) and step > 0)
+    _require(0 <= mask < 1 << 11 and 0 <= mantissa_bits < 8 * bits.itemsize)
+    counts = np.zeros((mask + 1, _KINDS), np.int64)
+    _call(f"kinds_by_exponent_{bits.itemsize}", bits, predicted, bits.size, step, mantissa_bits, mask, counts)
+    return counts
 
 
 def margin_groups(values: Floats, taken: int, groups: Bounds, out: Numbers, up: Bools) -> None:

@@ -8,6 +8,7 @@
 #include "groups.h"
 
 #define GROUPS 256
+#define KINDS 132 /* of residuals of up to 64 bits */
 #define STREAMS 4
 #define FEW_GROUPS 16 /* up to which it is faster to move one together after the other */
 #define BLOCK 64  /* elements of which the members of a group are counted at a time */

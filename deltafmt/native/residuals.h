@@ -28,6 +28,25 @@ INLINE void NAME(unfold)(const TYPE *restrict folded, const uint8_t *restrict up
     }
 }
 
+/* Of every `step`-th element: how many there are of each exponent, and among them of each kind of residual: 0, then two
+   kinds for each length in bits. `[mask + 1][KINDS]`, zeros before. */
+EXPORT FAST void NAME(kinds_by_exponent)(const TYPE *restrict bits, const TYPE *restrict predicted, int64_t total,
+                                         int64_t step, int shift, int mask, int64_t *restrict counts) {
+    TYPE some[2][PART], folded[PART];
+    for (int64_t at = 0; at < total;) {
+        int64_t size = 0;
+        for (; size < PART && at < total; at += step, size++) {
+            some[0][size] = bits[at];
+            some[1][size] = predicted[at];
+        }
+        NAME(fold)(some[0], some[1], NULL, size, folded);
+        for (int64_t i = 0; i < size; i++) {
+            const int32_t kind = (int32_t)(bits_of((float)folded[i]) >> 22) - 253; /* 253: the last before 1.0 */
+            counts[((some[1][i] >> shift) & (TYPE)mask) * KINDS + (kind > 0 ? kind : 0)]++;
+        }
+    }
+}
+
 INLINE void NAME(to_groups_of_chunk)(const TYPE *restrict bits, const TYPE *restrict predicted,
                                      const uint8_t *restrict up, const uint8_t *restrict numbers, int64_t total,
                                      int64_t *restrict lengths, TYPE *restrict grouped) {

@@ -66,8 +66,7 @@ class Groups:
         """By the exponents of a prediction, `[m]`; valid until another grouping is asked for."""
         numbers = scratch("group numbers", np.uint8, bits.size)
         if native.available():
-            mask = (1 << _EXPONENT_BITS.get(dtype.name, 8)) - 1
-            native.exponent_groups(bits, dtype.mantissa_bits, mask, self._bounds, numbers)
+            native.exponent_groups(bits, dtype.mantissa_bits, exponent_mask(dtype), self._bounds, numbers)
         else:
             np.take(self._bounds.table, exponents(bits, dtype), out=numbers, mode="clip")
         return Grouping(numbers, None)
@@ -104,6 +103,11 @@ class Grouping(NamedTuple):
     def order(self) -> npt.NDArray[np.intp]:
         """Where the elements stand in the flat order, in the grouped order."""
         return np.argsort(self.numbers, kind="stable")
+
+
+def exponent_mask(dtype: Dtype) -> int:
+    """Of the exponent field, once it is at the bottom."""
+    return (1 << _EXPONENT_BITS.get(dtype.name, 8)) - 1
 
 
 def exponents(bits: Bits, dtype: Dtype) -> Keys:
