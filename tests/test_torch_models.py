@@ -191,6 +191,17 @@ def test_it_is_compiled_whole_saved_and_generates(kind: str, lowrank: tuple[Path
         assert torch.equal(model.generate(IDS, **options), plain.generate(IDS, **options))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("kind", ["llama"], indirect=True)
+def test_inductor_compiles_one_graph(lowrank: tuple[Path, Path, Any]) -> None:
+    """What `torch.compile` does if nothing else is asked for; C++ for the CPU."""
+    packed, base, _ = lowrank
+    model = load_model(packed, "fused", base=base)
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(logits(compiled), logits(model), rtol=0, atol=1e-5)
+
+
 def test_as_many_components_as_fit(kind: str, lowrank: tuple[Path, Path, Any]) -> None:
     packed, base, _ = lowrank
     none, one = (resident(load_model(packed, "fused", base=base, rank=rank)) for rank in (0, 1))
