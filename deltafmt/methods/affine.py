@@ -6,14 +6,16 @@ Both are read off exactly where they are what happened: a rounded weight confine
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from ..dtypes import Bits, Dtype, widen
-from .intervals import Wide, interval
-from .svd import Factors, truncated_svd
+from .intervals import interval
+from .matrices import Matrix, Wide, row_blocks
+from .sketch import spread
+from .svd import truncated_svd
 
 _BLOCK_ELEMENTS = 1 << 18
 _FINEST = 1 / 64  # numbers near zero are no better known than this share of a typical last place
@@ -24,11 +26,13 @@ _ENOUGH = 1 / 16  # of the rows; a row that hardly changed may fit a number by c
 _CHANCE = 4  # times as much as chance would explain
 _TURNS = 3
 _TYPICAL_RANK = 64
+_PART = 1 << 22  # elements of evenly spread rows tell the row space of a low-rank matrix, and
+_PART_ROWS = 4 * _TYPICAL_RANK  # so many rows at least
 
 Float64 = npt.NDArray[np.float64]
 
 
-def row_scales(base: Wide, bits: Bits, dtype: Dtype) -> Float64 | None:
+def row_scales(base: Matrix, bits: Matrix, dtype: Dtype) -> Float64 | None:
     """A number for each row of `base` such that the products round to `bits`, or 1 where there is none.
 
     Where many rows share a number (a weight decay), they get the same one.
@@ -54,29 +58,33 @@ def row_scales(base: Wide, bits: Bits, dtype: Dtype) -> Float64 | None:
     return np.where(explained, middles, 1.0)
 
 
-def are_rows_scaled(base: Wide, bits: Bits, dtype: Dtype) -> bool:
+def are_rows_scaled(base: Matrix, bits: Matrix, dtype: Dtype) -> bool:
     """Whether enough of these rows seem to have been multiplied by a number, by a few of their columns."""
     low, high = _probed(base, bits, dtype, _FIRST_PROBE)
     likely = np.flatnonzero(low <= high)
     scaled = _is_scaled(*_probed(base[likely], bits[likely], dtype)) if len(likely) else likely
-    return bool(np.count_nonzero(scaled) > _ENOUGH * len(base))
+    return bool(np.count_nonzero(scaled) > _ENOUGH * base.shape[0])
 
 
-def _probed(base: Wide, bits: Bits, dtype: Dtype, columns: int = _PROBE) -> tuple[Float64, Float64]:
+def _probed(base: Matrix, bits: Matrix, dtype: Dtype, columns: int = _PROBE) -> tuple[Float64, Float64]:
     if base.shape[1] < _SHORTEST_ROW:
-        return np.ones(len(base)), np.ones(len(base))
+        return np.ones(base.shape[0]), np.ones(base.shape[0])
     probe = np.linspace(0, base.shape[1] - 1, min(columns, base.shape[1])).astype(np.intp)
-    return _quotients(base[:, probe], bits[:, probe], dtype)
+    low, high = np.empty((2, base.shape[0]))
+    for rows in row_blocks((base.shape[0], len(probe))):
+        part = np.ix_(np.arange(base.shape[0])[rows], probe)
+        low[rows], high[rows] = _quotients(base[part], bits[part], dtype)
+    return low, high
 
 
 def _is_scaled(low: Float64, high: Float64) -> npt.NDArray[np.bool_]:
     return (low <= high) & ~((low <= 1) & (high >= 1))
 
 
-def magnitudes(base: Wide, changed: Wide) -> Float64:
+def magnitudes(base: Matrix, changed: Matrix) -> Float64:
     """The number that each row of `base` was multiplied by before, or after, a low-rank matrix was added to it.
 
-    Least squares for the rows and a truncated decomposition of what they leave, in turns.
+    Least squares for the rows and what they leave in the leading row space of that, in turns.
 
     Args:
         base, changed: `[rows, columns]`, finite.
@@ -84,34 +92,48 @@ def magnitudes(base: Wide, changed: Wide) -> Float64:
     Returns:
         float64 `[rows]`.
     """
-    own = _row_products(base, base)
-    difference = np.subtract(changed, base, dtype=base.dtype)
-    slopes = _share(_row_products(difference, base), own)
+    rows, columns = base.shape
+    some = spread(rows, max(_PART // max(columns, 1), _PART_ROWS))
+    part, part_change = _with_change(base[some], changed[some])
+    own, shared, _ = row_products(base, changed)
+    slopes = _share(shared, own)
     for _ in range(_TURNS):
-        rest = np.asarray(difference - slopes[:, None] * base, np.float32)
-        low = truncated_svd(rest, _TYPICAL_RANK)
-        slopes = _share(_row_products(difference, base) - _low_products(low, base), own)
+        low = truncated_svd(np.asarray(part_change - slopes[some, None] * part, np.float32), _TYPICAL_RANK)
+        space = (low.a / np.linalg.norm(low.a, axis=1, keepdims=True)).T.astype(part.dtype)
+        slopes = _share(shared - _products_within(space, base, changed, slopes), own)
     return 1 + slopes
 
 
-def have_magnitudes(base: Wide, changed: Wide) -> bool:
+def have_magnitudes(base: Matrix, changed: Matrix) -> bool:
     """Whether multiples of the rows explain more of the difference than the one part in `columns` that chance does."""
-    difference = np.subtract(changed, base, dtype=base.dtype)
-    own = _row_products(base, base)
-    explained = _share(_row_products(difference, base), own) ** 2 @ own
-    return bool(explained * base.shape[1] > _CHANCE * float(_row_products(difference, difference).sum()))
+    own, shared, change = row_products(base, changed)
+    explained = _share(shared, own) ** 2 @ own
+    return bool(explained * base.shape[1] > _CHANCE * float(change.sum()))
 
 
-def _low_products(low: Factors, base: Wide) -> Float64:
-    """The inner product of each row of a low-rank matrix with that of `base`."""
-    return np.asarray(np.einsum("ko,ok->o", low.b.astype(np.float64), base @ low.a.T.astype(base.dtype)))
+def row_products(base: Matrix, changed: Matrix) -> tuple[Float64, Float64, Float64]:
+    """Of each row the inner products of the base with itself and with the change, and of the change with itself."""
+    products = np.empty((3, base.shape[0]))
+    for rows in row_blocks(base.shape):
+        before, change = _with_change(base[rows], changed[rows])
+        before, change = before.astype(np.float64), change.astype(np.float64)
+        for place, pair in enumerate([(before, before), (change, before), (change, change)]):
+            products[place, rows] = np.einsum("oi,oi->o", *pair)
+    return products[0], products[1], products[2]
 
 
-def _row_products(one: Wide, other: Wide) -> Float64:
-    products = np.empty(len(one))
-    for rows in _row_blocks(one.shape):
-        products[rows] = np.einsum("oi,oi->o", one[rows].astype(np.float64), other[rows].astype(np.float64))
+def _products_within(space: Wide, base: Matrix, changed: Matrix, slopes: Float64) -> Float64:
+    """Of each row the inner product, within `space` [in, k], of the base with the change less multiples of it."""
+    products = np.empty(base.shape[0])
+    for rows in row_blocks(base.shape):
+        before, change = _with_change(base[rows], changed[rows])
+        before, change = (before @ space).astype(np.float64), (change @ space).astype(np.float64)
+        products[rows] = np.einsum("ok,ok->o", change - slopes[rows, None] * before, before)
     return products
+
+
+def _with_change(base: Wide, changed: Wide) -> tuple[Wide, Wide]:
+    return base, np.subtract(changed, base, dtype=base.dtype)
 
 
 def _share(products: Float64, own: Float64) -> Float64:
@@ -156,8 +178,3 @@ def mixture(parts: Sequence[Wide], bits: Bits, dtype: Dtype) -> Float64:
         gram += columns @ columns.T
         right += columns @ ((low + high) / 2 * weight)
     return np.asarray(np.linalg.lstsq(gram, right, rcond=None)[0], np.float64)
-
-
-def _row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    step = max(1, _BLOCK_ELEMENTS // shape[1])
-    return (slice(begin, begin + step) for begin in range(0, shape[0], step))

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..dtypes import DTYPES, Bits, Shape, widen
 from ..gemm import alone
 from ..limits import SUM_TERMS
 from ..operators import Lowrank, Operator, Scaled, Sum, Target
-from .affine import are_rows_scaled, have_magnitudes, magnitudes, mixture, row_scales
-from .intervals import Wide
+from .affine import are_rows_scaled, have_magnitudes, magnitudes, mixture, row_products, row_scales
+from .matrices import Index, Matrix, Rows, Wide, WideRows, row_blocks
 from .prediction import Computed, Elements, Prediction, Referred
 from .recovery import PART, IntegerFactors, promising, recover
-from .sketch import Index, leaves_noise, spread
+from .rounded_fit import most_at_once
+from .sketch import leaves_noise, spread
 
 _DTYPES = ("BF16", "F16", "F32")
 _SMALLEST = 4096  # elements; what could be saved on fewer is less than what says so
@@ -29,10 +32,7 @@ _ROWS = 256  # are enough to tell what kind of change it was
 _FEWEST_BITS = 0.4  # a changed weight, below which low rank has little to save
 _REPLACED = 10  # times as much as usual has a row changed, and more than it was, that was replaced: a new token's
 _HUGE = 2.0**40  # weights beyond: squares and sums of them might leave float32, and nothing comes of it
-_LARGE = 1 << 24  # elements; of larger matrices only one is looked at at a time
-_LARGEST = 1 << 26  # elements of a matrix that is looked at for low rank: it takes 20 to 40 bytes of memory for each
-
-_ONE_LARGE = threading.Lock()  # bounds the memory
+_AT_ONCE = 3 << 22  # elements, of float32, that are fitted side by side; each takes some 20 bytes of memory
 
 
 def computed(name: str, tensor: Elements, bases: Sequence[Referred], stored: float) -> Iterator[Prediction]:
@@ -66,7 +66,7 @@ class _Search:
         part = spread(self._tensor.bits.size, _MIXED)
         bits = self._tensor.bits[part]
         parts = [widen(base.bits[part], base.dtype, np.dtype("f8")) for base in self._bases]
-        if not _is_ordinary([*parts, widen(bits, self._tensor.dtype, self._wide)]):
+        if not _is_ordinary([each[None] for each in (*parts, widen(bits, self._tensor.dtype, self._wide))]):
             return None
         numbers = mixture(parts, bits, self._tensor.dtype)
         arrays = {f"scale{place}": self._floats(number, ()) for place, number in enumerate(numbers)}
@@ -80,7 +80,7 @@ class _Search:
         """Rows of the closest base scaled, low rank added to it, or both. Rows that nothing changed are left out."""
         tensor, like = self._tensor, self._bases[0]
         bits, like_bits = tensor.bits.reshape(tensor.shape[0], -1), like.bits.reshape(tensor.shape[0], -1)
-        rows = np.flatnonzero((bits != like_bits).any(axis=1)) if like.dtype == tensor.dtype else np.arange(len(bits))
+        rows = _differing(bits, like_bits) if like.dtype == tensor.dtype else np.arange(len(bits))
         some = rows[spread(len(rows), _ROWS)]
         base = widen(like_bits[some], like.dtype, self._wide)
         changed = widen(bits[some], tensor.dtype, self._wide)
@@ -88,26 +88,23 @@ class _Search:
             return
         scaled = are_rows_scaled(base, bits[some], tensor.dtype)
         grown = have_magnitudes(base, changed)
-        low = bits.size <= _LARGEST and 8 * self._stored > _FEWEST_BITS * len(rows) * bits.shape[1]
+        low = 8 * self._stored > _FEWEST_BITS * len(rows) * bits.shape[1]
         if low and grown:
             low = leaves_noise(magnitudes(base, changed)[:, None] * base, bits[some], tensor.dtype)
         elif low:
             low = leaves_noise(base, bits[some], tensor.dtype) and self._is_promising(like_bits, bits, rows)
         if not (scaled or low):
             return
-        with _ONE_LARGE if bits.size > _LARGE else alone():
-            bits = bits[rows]
-            base = widen(like_bits[rows], like.dtype, self._wide)
-            changed = widen(bits, tensor.dtype, self._wide)
-            if not _is_ordinary([base, changed]):
-                return
-            if scaled and (scales := row_scales(base, bits, tensor.dtype)) is not None:
-                yield self._combined(self._spread_out(scales, rows, 1), None)
-            if low:
-                if (replaced := _are_replaced(base, changed)).any():
-                    base, bits, rows = base[~replaced], bits[~replaced], rows[~replaced]
-                del changed
-                yield from self._low_rank(base, bits, rows, grown)
+        base_rows = self._base(like_bits, rows)
+        if not _is_ordinary([base_rows, WideRows(bits, rows, tensor.dtype, self._wide)]):
+            return
+        if scaled and (scales := row_scales(base_rows, Rows(bits, rows), tensor.dtype)) is not None:
+            yield self._combined(self._spread_out(scales, rows, 1), None)
+        if low:
+            with _ROOM.taken(most_at_once((len(rows), bits.shape[1]), self._wide)), alone():
+                found = self._low_rank(like_bits, bits, rows, grown)
+            if found is not None:
+                yield found
 
     def _is_promising(self, like_bits: Bits, bits: Bits, rows: Index) -> bool:
         """Whether low rank explains how some of these rows changed in some columns."""
@@ -120,21 +117,28 @@ class _Search:
         kept = ~_are_replaced(base, changed)
         return promising(base[kept], bits[part][kept], self._tensor.dtype, (len(rows), bits.shape[1]))
 
-    def _low_rank(self, base: Wide, bits: Bits, rows: Index, grown: bool) -> Iterator[Prediction]:
+    def _low_rank(self, like_bits: Bits, bits: Bits, rows: Index, grown: bool) -> Prediction | None:
+        """Low rank added to these rows but for those that were replaced; if they have `grown`, to multiples of them."""
         dtype = self._tensor.dtype
+        kept = ~_are_replaced(self._base(like_bits, rows), WideRows(bits, rows, dtype, self._wide))
+        rows = rows[kept]
+        base, target = self._base(like_bits, rows), Rows(bits, rows)
         scales = None
         if grown:
-            numbers = self._floats(magnitudes(base, widen(bits, dtype, self._wide)), (len(rows),))
+            numbers = self._floats(magnitudes(base, WideRows(bits, rows, dtype, self._wide)), (len(rows),))
             stored = numbers.bits.view(numbers.dtype.values)
             scales = self._spread_out(stored, rows, 1)
-            with np.errstate(over="ignore", invalid="ignore"):
-                base = base * stored[:, None].astype(self._wide)
+            base = self._base(like_bits, rows, stored)
             if not _is_ordinary([base]):
-                return
-        factors = recover(base, bits, dtype) if leaves_noise(base, bits, dtype) else None
-        if factors is not None:
-            b = self._spread_out(factors.b.T, rows, 0).T
-            yield self._combined(scales, IntegerFactors(b, factors.a, factors.exponent))
+                return None
+        factors = recover(base, target, dtype) if leaves_noise(base, target, dtype) else None
+        if factors is None:
+            return None
+        b = self._spread_out(factors.b.T, rows, 0).T
+        return self._combined(scales, IntegerFactors(b, factors.a, factors.exponent))
+
+    def _base(self, like_bits: Bits, rows: Index, scales: Wide | None = None) -> WideRows:
+        return WideRows(like_bits, rows, self._bases[0].dtype, self._wide, scales)
 
     def _spread_out(self, values: Any, rows: Index, others: float) -> Any:
         """`values` of some rows as those of all, with the same for all others."""
@@ -176,12 +180,44 @@ def _integers(values: Any) -> Elements:
     return Elements(dtype, values.shape, np.ascontiguousarray(values).reshape(-1).view(dtype.bits))
 
 
-def _are_replaced(base: Wide, changed: Wide) -> Any:
+def _differing(bits: Bits, like: Bits) -> Index:
+    """The rows in which two matrices of one shape differ."""
+    blocks = [(bits[rows] != like[rows]).any(axis=1) for rows in row_blocks(bits.shape)]
+    return np.flatnonzero(np.concatenate(blocks)) if blocks else np.arange(0)
+
+
+def _are_replaced(base: Matrix, changed: Matrix) -> npt.NDArray[np.bool_]:
     """Of each row, whether it is another rather than changed like most: it would take a component of its own."""
-    change, own = (np.einsum("oi,oi->o", rows, rows) for rows in (changed - base, base))
-    return (change >= own) & (change > _REPLACED**2 * np.median(change))
+    own, _, change = row_products(base, changed)
+    replaced: npt.NDArray[np.bool_] = (change >= own) & (change > _REPLACED**2 * np.median(change))
+    return replaced
 
 
-def _is_ordinary(arrays: Sequence[Wide]) -> bool:
+def _is_ordinary(matrices: Sequence[Matrix]) -> bool:
     """Whether arithmetic makes sense: no NaN, no infinity, nothing huge."""
-    return all(values.min(initial=0) > -_HUGE and values.max(initial=0) < _HUGE for values in arrays)
+    blocks = (each[rows] for each in matrices for rows in row_blocks(each.shape))
+    return all(values.min(initial=0) > -_HUGE and values.max(initial=0) < _HUGE for values in blocks)
+
+
+class _Room:
+    """For how many elements at once there is memory: who wants more waits for others to leave, or is alone."""
+
+    def __init__(self, elements: int) -> None:
+        self._elements = self._free = elements
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, elements: int) -> Iterator[None]:
+        taken = min(elements, self._elements)
+        with self._changed:
+            self._changed.wait_for(lambda: taken <= self._free)
+            self._free -= taken
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += taken
+                self._changed.notify_all()
+
+
+_ROOM = _Room(_AT_ONCE)

@@ -15,7 +15,9 @@ import numpy.typing as npt
 
 from ..dtypes import Bits, Dtype
 from ..operators.lowrank import most_squared, squared_bound
-from .rounded_fit import Fit, Floats, RoundedUpdate, fit, rounded_update, svd_start
+from .matrices import Matrix
+from .rounded_fit import fit, fit_stored, svd_start
+from .rounded_update import Fit, Floats, rounded_update
 from .stored_bits import difference_bits, integer_bits, prediction_bits
 
 _MAX_RANK = 128
@@ -58,8 +60,10 @@ class IntegerFactors:
         return integer_bits(self.b) + integer_bits(self.a)
 
 
-def recover(base: Floats, target: Bits, dtype: Dtype) -> IntegerFactors | None:
+def recover(base: Matrix, target: Matrix, dtype: Dtype) -> IntegerFactors | None:
     """Factors that predict ``target`` from ``base``, or None where the plain difference takes no more bits.
+
+    It takes about a hundred megabytes of memory for matrices of millions of elements, and no more for larger ones.
 
     Args:
         base: [out, in] finite values, float32 for BF16 and F16, float64 for F32.
@@ -67,19 +71,11 @@ def recover(base: Floats, target: Bits, dtype: Dtype) -> IntegerFactors | None:
         dtype: BF16, F16 or F32.
     """
     wide = np.dtype(np.float64 if dtype.name == "F32" else np.float32)
-    if target.ndim != 2 or base.shape != target.shape or dtype.name not in ("BF16", "F16", "F32"):
+    if len(target.shape) != 2 or base.shape != target.shape or dtype.name not in ("BF16", "F16", "F32"):
         raise ValueError(f"expected two matrices of one shape, BF16, F16 or F32, got {base.shape} {target.shape}")
-    base = base.astype(wide, copy=False)
     most = _most(target.shape)
-    if most == 0:
-        return None
-    update = rounded_update(base, target, dtype)
-    if not update.middle.any():
-        return None
-    start = svd_start(update, most)
-    if start.rank == 0:
-        return None
-    return _integers(fit(update, start, most), update, _Sample(base, target, dtype))
+    found = fit_stored(base, target, dtype, wide, most) if most else None
+    return None if found is None else _integers(*found, wide, _Sample(base, target, dtype))
 
 
 def _most(shape: tuple[int, ...]) -> int:
@@ -115,12 +111,12 @@ def promising(base: Floats, target: Bits, dtype: Dtype, shape: tuple[int, int]) 
 class _Sample:
     """Evenly spread rows of a tensor, to count the bits that a prediction of it would take."""
 
-    def __init__(self, base: Floats, target: Bits, dtype: Dtype) -> None:
-        self.step = max(1, -(-target.size // _SAMPLE))
+    def __init__(self, base: Matrix, target: Matrix, dtype: Dtype) -> None:
+        self._size = math.prod(target.shape)
+        self.step = max(1, -(-self._size // _SAMPLE))
         self._base = base[:: self.step]
         self._target = target[:: self.step]
         self._dtype = dtype
-        self._size = target.size
         self.plain_bits = difference_bits(self._base, self._target, dtype) * self._size
 
     def bits(self, factors: IntegerFactors) -> float:
@@ -134,11 +130,11 @@ class _Sample:
         return prediction_bits(predicted, self._target, self._dtype) * self._size
 
 
-def _integers(found: Fit, update: RoundedUpdate, sample: _Sample) -> IntegerFactors | None:
+def _integers(found: Fit, exponent: int, wide: np.dtype[Any], sample: _Sample) -> IntegerFactors | None:
     """The integers that take the fewest bits, misses included; None if they do not pay."""
-    rounding = _Rounding(found, update.exponent)
+    rounding = _Rounding(found, exponent)
     best, least = None, _PAYS * sample.plain_bits
-    for accumulator in [each for each in _ACCUMULATORS if each.itemsize >= update.middle.itemsize]:
+    for accumulator in [each for each in _ACCUMULATORS if each.itemsize >= wide.itemsize]:
         if best is not None and not rounding.limited:
             break
         chosen, bits = rounding.cheapest(accumulator, sample)

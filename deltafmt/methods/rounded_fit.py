@@ -11,21 +11,23 @@ gives 1 / sqrt(n). Alternating maximisation in the two factors is weighted low-r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ..dtypes import Bits, Dtype, widen
+from ..dtypes import Dtype
+from ..scratch import scratch
+from .matrices import Matrix, row_blocks
+from .rounded_update import Change, Fit, Floats, RoundedUpdate, Update, blocks_of_rows
+from .sketch import spread
 from .svd import Float32, Float64, truncated_svd
 
-Floats = npt.NDArray[Any]  # float32, or float64 where the tensor is float32 itself
-
-_BLOCK_ROWS = 256
-_BLOCK_ELEMENTS = 1 << 20
-_SAMPLE = 1 << 18  # elements that the error is estimated on
+_SYSTEMS = 256  # that are solved at a time
+_CACHED = 1 << 14  # elements of which several arrays fit into the cache of a processor
+_EXTENDING = 0.5  # s of the step that follows least squares, in half ulps
+_PART = 1 << 22  # elements of float32 that are fitted at once; a larger matrix is extended from a part
+_PART_ROWS = 512  # of it at least: some times the largest rank
 _PASSES = 8
 _WORTHWHILE = 0.8  # a pass that leaves more than this of the error is the last
 _CAUTION = 1.3  # s beside the estimated error: Newton's steps overshoot where s is too small
@@ -36,92 +38,44 @@ _FIRST_RANK = 24  # components looked for at first; if these are not enough, all
 _GROWTH = 16  # components added at a time
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A prediction ``b.T @ a``, component-major, largest first, of a `RoundedUpdate` in its unit."""
+def fit_stored(base: Matrix, target: Matrix, dtype: Dtype, wide: np.dtype[Any], most: int) -> tuple[Fit, int] | None:
+    """The likeliest factors of the difference, and the exponent of their unit; None if nothing stands out from noise.
 
-    b: Floats
-    a: Floats
-
-    @property
-    def rank(self) -> int:
-        return len(self.a)
-
-
-@dataclass(frozen=True)
-class RoundedUpdate:
-    """An update [out, in] as rounding left it: each element within ``half`` of ``middle``, in units of 2**exponent.
-
-    ``middle`` is float32, or float64 for a float32 tensor; ``half`` is float32. The unit is near the typical ulp.
+    Those of a large matrix are fitted on evenly spread rows, of a wide one on columns, and extended to all others.
     """
-
-    middle: Floats
-    half: Float32
-    exponent: int
-
-    @property
-    def typical_half(self) -> float:
-        """The median of ``half``."""
-        return float(np.median(self.half[:: self._step]))
-
-    def error(self, fit: Fit) -> float:
-        """The standard deviation of a prediction's error, judged by how often it leaves an interval, and how far.
-
-        An error e carries a prediction out of an interval of width q with probability |e| / q while |e| < q.
-        """
-        half = self.half[:: self._step]
-        outside = np.abs(self.middle[:: self._step] - fit.b[:, :: self._step].T @ fit.a) - half
-        wide = half >= np.median(half)
-        by_count = np.count_nonzero(outside[wide] > 0) / float(np.sum(0.5 / half[wide], dtype=np.float64))
-        by_distance = float(np.mean(np.maximum(outside, 0), dtype=np.float64))
-        return 1.25 * max(by_count, by_distance)  # E|e| = 0.8 of the standard deviation
-
-    @property
-    def _step(self) -> int:
-        """Between the rows of an evenly spread sample."""
-        return max(1, -(-self.half.size // _SAMPLE))
+    turned = target.shape[0] < target.shape[1] and not _is_small(target.shape, wide)
+    change = Change(base, target, dtype, wide, turned)
+    rows = spread(change.shape[0], _part_rows(change.shape, wide))
+    part = change.update(rows)
+    start = svd_start(part, most) if part.middle.any() else None
+    if start is None or start.rank == 0:
+        return None
+    found = fit(part, start, most)
+    if len(rows) < change.shape[0]:
+        found = _extended(change, part, found)
+    return Fit(found.a, found.b) if turned else found, change.exponent
 
 
-def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of rows that keep temporaries small."""
-    step = max(1, min(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(1, shape[1])))
-    return (slice(start, start + step) for start in range(0, shape[0], step))
+def most_at_once(shape: tuple[int, int], wide: np.dtype[Any]) -> int:
+    """Elements, of float32, that `fit_stored` holds in memory of a matrix."""
+    rows = _part_rows((max(shape), min(shape)), wide)
+    return min(rows * min(shape), math.prod(shape)) * wide.itemsize // 4
 
 
-def rounded_update(base: Floats, target: Bits, dtype: Dtype) -> RoundedUpdate:
-    """What ``target`` (bits of ``dtype``, [out, in]) says of its difference from ``base`` (values, same shape).
-
-    Below a power of two the interval is taken twice as wide as it is: a weaker claim, for one element in 2**mantissa.
-    """
-    middle = np.empty(base.shape, base.dtype)
-    half = np.empty(base.shape, np.float32)
-    exponents = dtype.bits.type(((1 << (8 * dtype.width - 1)) - 1) & ~((1 << dtype.mantissa_bits) - 1))
-    normal = dtype.bits.type(1 << dtype.mantissa_bits)
-    exponent = 0
-    for rows in row_blocks(base.shape):
-        bits = np.ascontiguousarray(target[rows])
-        powers = widen(np.maximum(bits & exponents, normal), dtype, base.dtype)
-        if rows.start == 0:
-            exponent = int(np.frexp(np.median(powers))[1]) - 1 - dtype.mantissa_bits
-        with np.errstate(over="ignore", under="ignore"):  # weights 2**60 ulps from the typical say nothing more
-            difference = widen(bits, dtype, base.dtype)
-            difference -= base[rows]
-            np.clip(_scaled(difference, -exponent), -(2.0**40), 2.0**40, out=middle[rows])
-            np.clip(_scaled(powers, -exponent - dtype.mantissa_bits - 1), 2.0**-40, 2.0**40, out=half[rows])
-    return RoundedUpdate(middle, half, exponent)
+def _part_rows(shape: tuple[int, ...], wide: np.dtype[Any]) -> int:
+    if _is_small(shape, wide):
+        return shape[0]
+    return max(4 * _PART // (wide.itemsize * shape[1]), _PART_ROWS)
 
 
-def _scaled(values: Floats, exponent: int) -> Floats:
-    """``values`` times 2**exponent, in place: in two steps, for the power itself may be out of range."""
-    values *= values.dtype.type(2.0 ** (exponent // 2))
-    values *= values.dtype.type(2.0 ** (exponent - exponent // 2))
-    return values
+def _is_small(shape: tuple[int, ...], wide: np.dtype[Any]) -> bool:
+    return math.prod(shape) * wide.itemsize <= 4 * _PART
 
 
 def svd_start(update: RoundedUpdate, most: int) -> Fit:
     """The components of the middles that stand out from noise, ``most`` at most."""
     middle = update.middle.astype(np.float32, copy=False)
-    total = sum(float(np.sum(np.square(middle[rows], dtype=np.float64))) for rows in row_blocks(middle.shape))
+    total = sum(float(np.sum(np.square(middle[rows], dtype=np.float64))) for rows in blocks_of_rows(middle.shape))
     for limit in (min(most, _FIRST_RANK), most):
         factors = truncated_svd(middle, limit)
         count = _above_noise(factors.singular_values, total, middle.shape)
@@ -149,8 +103,8 @@ def fit(update: RoundedUpdate, start: Fit, most: int, passes: int = _PASSES) -> 
     return found
 
 
-def _refined(update: RoundedUpdate, start: Fit, passes: int) -> tuple[Fit, float]:
-    """The best of ``start`` and what up to ``passes`` Newton steps make of it, and its error."""
+def _refined(update: Update, start: Fit, passes: int, enough: float = 0.0) -> tuple[Fit, float]:
+    """The best of ``start`` and what up to ``passes`` Newton steps make of it, and its error; ``enough`` ends them."""
     best, current, least = start, start, update.error(start)
     for _ in range(passes):
         current = _orthogonal(*_newton(update, current, _noise(update, current, least)))
@@ -158,62 +112,99 @@ def _refined(update: RoundedUpdate, start: Fit, passes: int) -> tuple[Fit, float
         if not error < least:
             break
         progress, best, least = error / least, current, error
-        if progress > _WORTHWHILE:
+        if progress > _WORTHWHILE or least <= enough:
             break
     return best, least
 
 
-def _noise(update: RoundedUpdate, current: Fit, error: float) -> float:
+def _noise(update: Update, current: Fit, error: float) -> float:
     """The scale s of the next step: near the error, but no less than what the intervals can tell apart."""
-    out, in_ = update.middle.shape
+    out, in_ = update.shape
     floor = update.typical_half * current.rank * float(1 / out + 1 / in_)
     return max(_CAUTION * error, floor)
 
 
-def _newton(update: RoundedUpdate, current: Fit, s: float) -> tuple[Floats, Floats]:
-    """One Newton step for ``b`` with ``a`` held, then one for ``a`` with the new ``b``, in one pass over the rows.
+def _extended(change: Change, part: RoundedUpdate, found: Fit) -> Fit:
+    """A fit of some rows as one of all: each of the others by itself, then every column by all of them, in turns."""
+    b = np.empty((found.rank, change.shape[0]), found.b.dtype)
+    squares = np.sum(np.square(found.a, dtype=np.float64), axis=1)[:, None]  # the components are orthogonal
+    step = _RowStep(found, _EXTENDING * part.typical_half)
+    for rows, middle, half in change.blocks():
+        b[:, rows] = found.a @ middle.T / squares  # least squares
+        b[:, rows] += step.of(middle, half, b[:, rows])[0]
+    return _refined(change, _orthogonal(b, found.a), _PASSES, enough=part.error(found))[0]
+
+
+class _RowStep:
+    """One Newton step for rows of ``b`` with ``a`` held, each by itself.
 
     With u, l = tanh of the distances to the interval's ends over 2 s, an element's log-likelihood has the slope
-    (u + l) / 2s and the curvature (2 - u^2 - l^2) / 4s^2; the pass carries 2s and 4s^2 outside the sums. A Gaussian
-    prior of each component's own size keeps rows that hold no information at rest.
+    (u + l) / 2s and the curvature (2 - u^2 - l^2) / 4s^2; 2s and 4s^2 are carried outside the sums. A Gaussian prior of
+    each component's own size keeps rows that hold no information at rest.
     """
+
+    def __init__(self, current: Fit, s: float) -> None:
+        self._a = current.a
+        self.right = current.a.astype(np.float32)
+        self._pairs = _pairs(self.right)
+        self.scale = np.float32(0.5 / s)
+        self._prior = _prior(current.b, s)
+
+    def of(self, middle: Floats, half: Float32, b: Floats) -> tuple[Float64, Float32, Float32]:
+        """How ``b`` [r, rows] moves, and slope and curvature of before in units of `scale`, valid until the next."""
+        gradient, curvature = _derivatives(middle - b.T @ self._a, half, self.scale)
+        pull = gradient @ self.right.T - b.T * (self._prior * self.scale)
+        return _solved(curvature @ self._pairs, pull, self._prior).T / self.scale, gradient, curvature
+
+
+def _newton(update: Update, current: Fit, s: float) -> tuple[Floats, Floats]:
+    """One Newton step for ``b`` with ``a`` held, then one for ``a`` with the new ``b``, in one pass over the rows."""
     b, a = current.b.copy(), current.a
-    rank = current.rank
-    pairs = np.triu_indices(rank)
-    right = a.astype(np.float32)
-    right_pairs = np.ascontiguousarray((right[pairs[0]] * right[pairs[1]]).T)
-    normal = np.zeros((a.shape[1], len(pairs[0])), np.float32)
-    slope = np.zeros((a.shape[1], rank), np.float32)
-    scale = np.float32(0.5 / s)
-    prior_b = (2 * s) ** 2 / np.mean(np.square(b, dtype=np.float64), axis=1)
-    prior_a = (2 * s) ** 2 / np.mean(np.square(a, dtype=np.float64), axis=1)
-    for rows in row_blocks(update.middle.shape):
-        gradient, curvature = _derivatives(update.middle[rows] - b[:, rows].T @ a, update.half[rows], scale)
-        pull = gradient @ right.T - b[:, rows].T * (prior_b * scale)
-        move = _solved(curvature @ right_pairs, pull, prior_b).T / scale
+    step = _RowStep(current, s)
+    normal = np.zeros((a.shape[1], current.rank * (current.rank + 1) // 2), np.float32)
+    slope = np.zeros((a.shape[1], current.rank), np.float32)
+    prior = _prior(a, s)
+    for rows, middle, half in update.blocks():
+        move, gradient, curvature = step.of(middle, half, b[:, rows])
         b[:, rows] += move
-        gradient -= curvature * ((move.astype(np.float32) * scale).T @ right)
+        change = (move.astype(np.float32) * step.scale).T @ step.right
+        change *= curvature
+        gradient -= change
         left = b[:, rows].astype(np.float32)
-        normal += curvature.T @ np.ascontiguousarray((left[pairs[0]] * left[pairs[1]]).T)
+        normal += curvature.T @ _pairs(left)
         slope += gradient.T @ left.T
-    pull = slope - a.T * (prior_a * scale)
-    return b, a + (_solved(normal, pull, prior_a).T / scale).astype(a.dtype)
+    pull = slope - a.T * (prior * step.scale)
+    return b, a + (_solved(normal, pull, prior).T / step.scale).astype(a.dtype)
+
+
+def _prior(factor: Floats, s: float) -> Float64:
+    return np.asarray((2 * s) ** 2 / np.mean(np.square(factor, dtype=np.float64), axis=1))
+
+
+def _pairs(factor: Float32) -> Float32:
+    """The products of each two components [n, r (r + 1) / 2] of a factor [r, n]."""
+    upper, lower = np.triu_indices(len(factor))
+    return np.ascontiguousarray((factor[upper] * factor[lower]).T)
 
 
 def _derivatives(residual: Floats, half: Float32, scale: np.float32) -> tuple[Float32, Float32]:
-    """Slope and curvature of the log-likelihood in units of ``scale`` and its square."""
-    narrow = residual.astype(np.float32, copy=False)
-    upper = np.add(narrow, half)
-    upper *= scale
-    np.tanh(upper, out=upper)
-    lower = np.subtract(narrow, half)
-    lower *= scale
-    np.tanh(lower, out=lower)
-    gradient = upper + lower
-    upper *= upper
-    lower *= lower
-    upper += lower
-    return gradient, np.subtract(np.float32(2), upper, out=upper)
+    """Slope and curvature of the log-likelihood in units of ``scale`` and its square; valid until the next."""
+    slope = scratch("slope", np.float32, residual.size).reshape(residual.shape)
+    curvature = scratch("curvature", np.float32, residual.size).reshape(residual.shape)
+    for rows in row_blocks(residual.shape, _CACHED):
+        narrow = residual[rows].astype(np.float32, copy=False)
+        upper = np.add(narrow, half[rows], out=curvature[rows])
+        upper *= scale
+        np.tanh(upper, out=upper)
+        lower = np.subtract(narrow, half[rows])
+        lower *= scale
+        np.tanh(lower, out=lower)
+        np.add(upper, lower, out=slope[rows])
+        upper *= upper
+        lower *= lower
+        upper += lower
+        np.subtract(np.float32(2), upper, out=upper)
+    return slope, curvature
 
 
 def _solved(normal: Float32, right: Floats, ridge: Float64) -> Float64:
@@ -222,8 +213,8 @@ def _solved(normal: Float32, right: Floats, ridge: Float64) -> Float64:
     upper, lower = np.triu_indices(rank)
     diagonal = np.arange(rank)
     solutions = np.empty(right.shape)
-    for start in range(0, len(right), _BLOCK_ROWS):
-        rows = slice(start, start + _BLOCK_ROWS)
+    for start in range(0, len(right), _SYSTEMS):
+        rows = slice(start, start + _SYSTEMS)
         systems = np.empty((len(right[rows]), rank, rank))
         systems[:, upper, lower] = systems[:, lower, upper] = normal[rows]
         systems[:, diagonal, diagonal] += ridge
@@ -253,7 +244,7 @@ def _grown(update: RoundedUpdate, current: Fit, error: float, most: int) -> Fit:
     scale = np.float32(0.5 / _noise(update, current, error))
     slopes = np.empty(update.half.shape, np.float32)
     total = curvature = 0.0
-    for rows in row_blocks(slopes.shape):
+    for rows in blocks_of_rows(slopes.shape):
         residual = update.middle[rows] - current.b[:, rows].T @ current.a
         slopes[rows], curved = _derivatives(residual, update.half[rows], scale)
         total += float(np.sum(np.square(slopes[rows], dtype=np.float64)))

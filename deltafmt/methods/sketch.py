@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+import math
 
-from ..dtypes import Bits, Dtype, widen
+import numpy as np
+
+from ..dtypes import Dtype, widen
 from ..gemm import alone
-from .intervals import Wide
+from .matrices import Index, Matrix
 
 _SIDE, _LARGE_SIDE = 192, 256  # of the part looked at, in a matrix of fewer elements and of more than
 _LARGE = 1 << 20
+_LONG = 1 << 22  # of more places a permutation is not made for a few of them
 _COMPONENTS = 2  # one in so many components of the part may be signal; the others must be noise
 _TOLERANCE = 2.4  # times as much noise as rounding makes there may be: what was rounded twice has twice as much
 _PRODUCT = 2.0**-46  # the squared relative error of a sum of products in float32
 
-Index = npt.NDArray[np.intp]
-
 
 def spread(length: int, count: int) -> Index:
     """`count` places of `length`, or all, evenly spread but for no period."""
-    places = np.random.default_rng(length).permutation(length)[:count]
-    return np.sort(places)
+    random = np.random.default_rng(length)
+    if length > _LONG:
+        return np.sort(random.choice(length, min(count, length), replace=False, shuffle=False))
+    return np.sort(random.permutation(length)[:count])
 
 
-def leaves_noise(base: Wide, bits: Bits, dtype: Dtype) -> bool:
+def leaves_noise(base: Matrix, bits: Matrix, dtype: Dtype) -> bool:
     """Whether few components of the difference leave no more than rounding does.
 
     The squared singular values of rounding noise add up to its energy; with the larger half of the components taken
@@ -35,7 +37,7 @@ def leaves_noise(base: Wide, bits: Bits, dtype: Dtype) -> bool:
         base: `[rows, columns]`; if not finite, it does not.
         bits: `[rows, columns]`, finite numbers of `dtype`.
     """
-    side = _SIDE if bits.size < _LARGE else _LARGE_SIDE
+    side = _SIDE if math.prod(bits.shape) < _LARGE else _LARGE_SIDE
     part = np.ix_(*(spread(length, side) for length in bits.shape))
     stored = widen(bits[part], dtype, np.dtype("f8"))
     difference = stored - base[part]
