@@ -18,7 +18,7 @@ from .limits import DEFAULT_LIMITS, Limits
 from .methods.sharing import parse_layout
 from .names import BASE_ID
 from .outcome import json_text
-from .report import Progress, Report, silent
+from .report import EvalReport, Progress, Report, silent
 from .sources import Bases
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -89,16 +89,16 @@ class Settings:
     verbose: bool = False
     json: bool = False
 
-    def progress(self, verb: str) -> AbstractContextManager[Progress]:
+    def progress(self, verb: str, *, in_bytes: bool = True) -> AbstractContextManager[Progress]:
         """A progress bar on a terminal; else a line per tensor if the user wants to hear it, and silence if not."""
         terminal = sys.stderr.isatty()
         if self.quiet or not (terminal or self.verbose):
             return nullcontext(silent)
         from .progress import progress_bar, progress_lines
 
-        return progress_bar(verb, log=self.verbose) if terminal else nullcontext(progress_lines())
+        return progress_bar(verb, log=self.verbose, in_bytes=in_bytes) if terminal else nullcontext(progress_lines())
 
-    def show(self, report: Report, **options: Any) -> None:
+    def show(self, report: Report | EvalReport, **options: Any) -> None:
         """Print a report: one JSON object, or tables."""
         if self.json:
             click.echo(json_text(report.as_dict()))
@@ -154,10 +154,10 @@ JOBS = click.option(
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace DST if it holds a checkpoint or an archive.")
 
 
-def bases(told: str) -> Callable[[_Function], _Function]:
+def bases(told: str, option: str = "--base") -> Callable[[_Function], _Function]:
     """The option --base of what reads an archive: of one base, or of each."""
     return click.option(
-        "--base",
+        option,
         type=model,
         metavar="BASE",
         multiple=True,

@@ -20,6 +20,7 @@ import click
 from . import native
 from .arguments import JOBS, LIMIT, OVERWRITE, QUIET, VERBOSE, Number, Settings, bases, common, layout, model, size
 from .errors import DeltafmtError, IntegrityError, UsageError
+from .evaluation import DTYPES, MODES, measure
 from .inspect import inspect
 from .lora_export import RANKS, export_lora
 from .methods.sharing import Parts
@@ -328,6 +329,72 @@ def verify_command(ctx: click.Context, src: str, base: Bases, against: str | Non
     settings.show(report)
     if report.as_stated is False:
         ctx.exit(IntegrityError.exit_code)
+
+
+@program.command("eval", short_help="Measure how good a packed model still is.")
+@click.argument("src", type=model)
+@bases("The base that SRC was packed against, if it was.")
+@click.option(
+    "--text",
+    type=model,
+    metavar="FILE",
+    required=True,
+    help="What is predicted: UTF-8 text, - for stdin; or token ids, one row of integers in a .npy file.",
+)
+@click.option(
+    "--against", type=model, metavar="MODEL", help="Compare with this model, an archive or a checkpoint, loaded whole."
+)
+@bases("The base that the archive MODEL was packed against.", "--against-base")
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default="full",
+    help="How SRC is loaded: dense, as base and factors, or layer by layer as it runs.",
+)
+@click.option(
+    "--length",
+    type=click.IntRange(min=2),
+    metavar="N",
+    show_default="512, or fewer if the model has not so many positions",
+    help="Tokens in a window. Windows do not overlap, and the first token of each is given.",
+)
+@click.option("--batch", type=click.IntRange(min=1), metavar="N", default=8, help="Windows at once.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=2),
+    metavar="N",
+    show_default="all",
+    help="Read at most the first N tokens.",
+)
+@click.option("--device", metavar="D", default="cpu", help="Where it runs: cpu, cuda, cuda:1, ...")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), show_default="what config.json says", help="Of the weights, in all models."
+)
+@click.option("--markdown", is_flag=True, help="Print a Markdown table with a row per model, and nothing else.")
+@common
+@click.pass_obj
+def eval_command(settings: Settings, /, src: str, markdown: bool, **options: Any) -> None:
+    """Let the causal language model SRC predict a text, and say how well, how fast, and at what size it does.
+
+    SRC is an archive or a plain checkpoint. The text should be one that the model was not trained on; it is cut into
+    tokens by the tokenizer that SRC brings. Perplexities compare where text, tokenizer and --length are the same.
+
+    With --against, say as well how near SRC is to another model, as a lossy archive to the checkpoint that it was
+    packed from: how often both find the same token the likeliest, and how far apart their probabilities are.
+
+    Needs the extra 'hf'. Code that a model brings is not run.
+
+    \b
+    Examples:
+      deltafmt eval packed/ --text held-out.txt
+      deltafmt eval packed/ --text held-out.txt --against original/ --mode fused
+      deltafmt eval packed/ --base base/ --text held-out.txt --device cuda --dtype bfloat16
+      deltafmt eval packed/ --text ids.npy --tokens 100000 --json | jq .model.perplexity
+    """
+    with settings.progress("evaluating", in_bytes=False) as progress:
+        report = measure(src, progress=progress, limits=settings.limits, **options)
+    settings.quiet = False  # what it prints is all that it does
+    settings.show(report, markdown=markdown)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

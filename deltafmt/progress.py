@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
@@ -24,15 +26,18 @@ from .report import Progress
 
 
 @contextmanager
-def progress_bar(verb: str, *, log: bool = False) -> Iterator[Progress]:
-    """A progress bar on stderr that vanishes when the work is done; with `log`, each tensor's name stays above it."""
+def progress_bar(verb: str, *, log: bool = False, in_bytes: bool = True) -> Iterator[Progress]:
+    """A progress bar on stderr that vanishes when the work is done; with `log`, each tensor's name stays above it. It
+    counts bytes, or whatever it is."""
     console = Console(stderr=True, markup=False, highlight=False, emoji=False)  # names are shown as they are
+    counts: tuple[ProgressColumn, ...] = (
+        (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
+    )
     columns = (
         TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(bar_width=None, table_column=Column(ratio=2, min_width=8)),
         TaskProgressColumn("{task.percentage:>3.0f}%", markup=False),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *counts,
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[what]}", style="dim", markup=False, table_column=Column(ratio=2, no_wrap=True)),
     )

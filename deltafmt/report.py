@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 Progress: TypeAlias = Callable[[int, int, str], None]
-"""Called with bytes done, bytes in total, and what is being worked on; from one thread."""
+"""Called with bytes (of an evaluation: tokens) done, and in total, and what is being worked on; from one thread."""
 
 
 def silent(done: int, total: int, what: str) -> None:
@@ -130,3 +130,54 @@ class ExportReport(Report):
     loss: float = 0.0
     left_out: dict[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model, measured.
+
+    Attributes:
+        model: as it was named.
+        mode: how an archive was loaded; `plain` for a checkpoint.
+        bases: the bases given; `stored_bytes` are without them.
+        perplexity, accuracy, agreement, kl: as those of `deltafmt.deltallm.Evaluation`; the last two are None for the
+            reference, and without one.
+        parameters: how many numbers it computes with; what is tied or shared counts once.
+        stored_bytes: of all of its files.
+        resident_bytes: of parameters and buffers in memory.
+        tokens_per_second: that go through it.
+    """
+
+    model: str
+    mode: str
+    dtype: str
+    bases: tuple[str, ...]
+    perplexity: float
+    accuracy: float
+    agreement: float | None
+    kl: float | None
+    parameters: int
+    stored_bytes: int
+    resident_bytes: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """What a model makes of a text, in windows of `length` tokens, `batch` at once; `tokens` were predicted.
+
+    `against` is the reference, None without one.
+    """
+
+    text: str
+    tokens: int
+    length: int
+    batch: int
+    device: str
+    model: Score
+    against: Score | None
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return asdict(self)

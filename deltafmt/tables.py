@@ -6,7 +6,7 @@ import io
 import statistics
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import singledispatch
 from typing import Any
 
@@ -16,7 +16,17 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from .names import escaped
-from .report import ExportReport, InspectReport, PackReport, Report, TensorReport, UnpackReport, VerifyReport
+from .report import (
+    EvalReport,
+    ExportReport,
+    InspectReport,
+    PackReport,
+    Report,
+    Score,
+    TensorReport,
+    UnpackReport,
+    VerifyReport,
+)
 
 _LISTED = 10  # of a long list
 _PIPE_WIDTH = 4096
@@ -63,19 +73,27 @@ def count(number: int, noun: str) -> str:
 # Reports
 
 
-def show(report: Report, *, tensors: bool = False) -> None:
+def show(report: Report | EvalReport, *, tensors: bool = False, markdown: bool = False) -> None:
     """Print a report to stdout.
 
     Args:
         tensors: of an `InspectReport`, list every tensor.
+        markdown: of an `EvalReport`, one table with a row per model, to be pasted elsewhere.
     """
-    parts = list(_tensor_list(report) if tensors and isinstance(report, InspectReport) else _parts(report))
-    if sys.stdout.isatty():
+    parts: list[RenderableType]
+    if tensors and isinstance(report, InspectReport):
+        parts = [*_tensor_list(report)]
+    elif markdown and isinstance(report, EvalReport):
+        parts = [_markdown(report)]
+    else:
+        parts = [*_parts(report)]
+    if sys.stdout.isatty() and not markdown:
         _print(Console(**_PLAIN), parts)
         return
     text = io.StringIO()  # no terminal: nothing is wrapped, coloured, or padded to its width
     _print(Console(**_PLAIN, file=text, width=_PIPE_WIDTH, color_system=None), parts)
-    sys.stdout.writelines(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    sys.stdout.writelines(f"{line}\n" for line in lines if line or not markdown)  # rich puts an empty edge around it
     sys.stdout.flush()
 
 
@@ -87,7 +105,7 @@ def _print(console: Console, parts: Sequence[RenderableType]) -> None:
 
 
 @singledispatch
-def _parts(report: Report) -> Iterator[RenderableType]:
+def _parts(report: Report | EvalReport) -> Iterator[RenderableType]:
     raise TypeError(f"no tables for {type(report).__name__}")
 
 
@@ -211,6 +229,50 @@ def _(report: ExportReport) -> Iterator[RenderableType]:
             rank = "" if tensor.rank is None else str(tensor.rank)
             table.add_row(f"{tensor.rel_error:.3g}", rank, escaped(name), report.left_out.get(name, ""))
         yield table
+
+
+_SCORES: tuple[tuple[str, Callable[[Score], str], str], ...] = (
+    ("perplexity", lambda score: f"{score.perplexity:,.3f}", "lower is better, 1 is perfect"),
+    ("accuracy", lambda score: _percent(score.accuracy), "the likeliest next token is the right one"),
+    ("agreement", lambda score: _percent(score.agreement), "the likeliest next token is that of --against"),
+    ("KL", lambda score: "" if score.kl is None else f"{score.kl:.3g}", "nats per token away from --against"),
+    ("parameters", lambda score: f"{score.parameters:,}", "numbers it computes with"),
+    ("stored", lambda score: size(score.stored_bytes), "all files, without bases"),
+    ("resident", lambda score: size(score.resident_bytes), "weights in memory"),
+    ("tokens/s", lambda score: f"{score.tokens_per_second:,.0f}", "through the model, on this machine"),
+)
+"""What is shown of a model: name, text, and what it means."""
+
+
+@_parts.register
+def _(report: EvalReport) -> Iterator[RenderableType]:
+    scores = [score for score in (report.model, report.against) if score is not None]
+    named = [("model", report.model), *([("against", report.against)] if report.against else [])]
+    facts = [("text", f"{escaped(report.text)}: {count(report.tokens, 'token')} predicted")]
+    facts += [("windows", f"{report.length} tokens, {report.batch} at once, on {report.device}")]
+    for role, score in named:
+        facts += [(role, f"{escaped(score.model)}  ({score.mode}, {score.dtype})")]
+        facts += [("base", escaped(base)) for base in score.bases]
+    yield _facts([*facts, ("time", f"{report.seconds:.1f} s")])
+    table = _table(Column("", style="cyan"), *(_number(role) for role, _ in named), _legend())
+    for name, text, told in _SCORES:
+        if any(cells := [text(score) for score in scores]):
+            table.add_row(name, *cells, told)
+    yield table
+
+
+def _markdown(report: EvalReport) -> Table:
+    scores = [score for score in (report.model, report.against) if score is not None]
+    shown = [(name, text) for name, text, _ in _SCORES if any(text(score) for score in scores)]
+    table = Table("model", *(_number(name) for name, _ in shown), box=box.MARKDOWN)
+    for score in scores:
+        name = escaped(score.model).replace("|", r"\|")  # a bare pipe would end the cell
+        table.add_row(name, *(text(score) for _, text in shown))
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f} %"
 
 
 def _needed(base: str, report: PackReport) -> str:

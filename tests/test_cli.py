@@ -24,6 +24,8 @@ OPTIONS = {
     "unpack": "--base --dtype --max-shard-size --jobs --overwrite --json",
     "inspect": "--tensors --json",
     "verify": "--base --against --json",
+    "eval": "--base --text --against --against-base --mode --length --batch --tokens --device --dtype --markdown "
+    "--json",
 }
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 
 from ..errors import UsageError
+from ..report import Progress, silent
 from ..sources import PathLike
 
 _ROWS = 1024
@@ -53,6 +54,7 @@ def evaluate(
     length: int = 512,
     batch: int = 8,
     device: torch.device | str | None = None,
+    progress: Progress = silent,
 ) -> Evaluation:
     """Let a model predict a text in windows that do not overlap; the first token of each is given, not predicted.
 
@@ -63,6 +65,7 @@ def evaluate(
         length: tokens in a window.
         batch: windows at once.
         device: where the models are; by default, where the model's first parameter is.
+        progress: told after each batch how many tokens are predicted, of how many.
 
     Raises:
         UsageError: fewer than two tokens, or in a window.
@@ -72,10 +75,11 @@ def evaluate(
         raise UsageError("there is nothing to predict", expected="two tokens or more", found=found)
     device = torch.device(device) if device is not None else next(model.parameters()).device
     windows = _windows(tokens, length)
+    count = windows.shape[0] * (windows.shape[1] - 1)
     models = [model] if reference is None else [model, reference]
     modes = [each.training for each in models]
     totals = torch.zeros(4, dtype=torch.float64, device=device)
-    seconds = 0.0
+    seconds, done = 0.0, 0
     try:
         for each in models:
             each.eval()
@@ -90,10 +94,11 @@ def evaluate(
                 seconds += time.perf_counter() - begin
                 others = None if reference is None else _logits(reference, ids)
                 totals += _scores(logits, ids[:, 1:].reshape(-1), others)
+                done += ids[:, 1:].numel()
+                progress(done, count, "")
     finally:
         for each, mode in zip(models, modes, strict=True):
             each.train(mode)
-    count = windows.shape[0] * (windows.shape[1] - 1)
     loss, right, same, kl = (totals / count).tolist()
     compared = reference is not None
     perplexity = math.exp(loss) if loss < 700 else math.inf
@@ -101,8 +106,10 @@ def evaluate(
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes in memory of a model's parameters and buffers; what several share counts once, and whole."""
-    storages = (tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
+    """Bytes in memory of a model's parameters and buffers; what several share counts once, and whole. What a lazy model
+    has not read is not in memory."""
+    tensors = (tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta)
+    storages = (tensor.untyped_storage() for tensor in tensors)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
-from ..limits import check_count
+from ..limits import DEFAULT_LIMITS, Limits, check_count
 from ..reader import Archive
 from ..sources import Bases, PathLike, open_archive
 from .bases import BaseCache
@@ -37,6 +37,7 @@ def load_model(
     keep: bool = False,
     trust_remote_code: bool = False,
     jobs: int | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Any:
     """Load a packed model as the class of transformers that its `config.json` names, in evaluation mode.
 
@@ -62,6 +63,7 @@ def load_model(
         keep: mode `"lazy"`: keep weights once read.
         trust_remote_code: run code that comes with the model.
         jobs: threads; one per processor if None.
+        limits: caps on what is accepted; see `deltafmt.Limits`.
 
     Returns:
         A `transformers.PreTrainedModel`.
@@ -79,7 +81,7 @@ def load_model(
     check_count("jobs", jobs, 1)
     cast = new_cast(device, dtype)
     with contextlib.ExitStack() as stack:
-        archive = stack.enter_context(open_archive(path, base))
+        archive = stack.enter_context(open_archive(path, base, limits=limits))
         of = architecture(archive, trust_remote_code)
         model: nn.Module | None = None
         if mode == "lazy":

@@ -56,7 +56,7 @@ def architecture(archive: Archive, trust_remote_code: bool = False) -> Architect
     """
     if importlib.util.find_spec("transformers") is None:
         raise MissingExtraError("models need transformers", extra="hf")
-    with _sidecar_folder(archive) as folder:
+    with sidecar_folder(archive, _DESCRIBES) as folder:
         return _architecture(archive, folder, trust_remote_code)
 
 
@@ -161,12 +161,12 @@ def _place(archive: Archive, sidecar: str) -> str:
 
 
 @contextmanager
-def _sidecar_folder(archive: Archive) -> Iterator[Path]:
-    """Where transformers finds configuration and code, which are those of the archive: a folder for the while if that
+def sidecar_folder(archive: Archive, wanted: re.Pattern[str]) -> Iterator[Path]:
+    """Where transformers finds sidecars of these names, which are those of the archive: a folder for the while if that
     is one file. Raises `IntegrityError` if they are damaged."""
     contents = {}
     for name, part in archive.sidecars.items():
-        if _DESCRIBES.fullmatch(name):
+        if wanted.fullmatch(name):
             contents[name] = b"".join(part.blocks())
             archive.check_sidecar(name, digest(contents[name]))
     if not archive.single_file:
