@@ -27,6 +27,7 @@ import fixtures
 import synthetic
 from deltafmt import encodings
 from deltafmt.dtypes import DTYPES
+from deltafmt.scratch import STEP_BYTES
 from measure import Cell, Report, Timed, in_turns
 from plain_checkpoint import FLOATS, NUMPY, Array, read_checkpoint
 
@@ -97,23 +98,31 @@ def encode(bits: Array, dtype: str, pool: ThreadPoolExecutor) -> Encoded:
     """Encode a flat array of unsigned integers as the package does for weights."""
     encoding = encodings.compressed(DTYPES[dtype], bits.shape)
 
-    def chunk(begin: int) -> list[Any]:
-        return encodings.encode_chunk(bits[begin : begin + encoding.chunk], encoding)
+    step = together(encoding, bits.itemsize) * encoding.chunk
 
-    return Encoded(encoding, list(pool.map(chunk, range(0, bits.size, encoding.chunk))), bits.size, bits.dtype)
+    def several(begin: int) -> list[list[Any]]:
+        return encodings.encode_chunks(bits[begin : begin + step], encoding)
+
+    chunks = pool.map(several, range(0, bits.size, step))
+    return Encoded(encoding, [chunk for some in chunks for chunk in some], bits.size, bits.dtype)
 
 
 def decode(encoded: Encoded, chunks: list[tuple[Array, list[int]]], pool: ThreadPoolExecutor) -> Array:
     """The way back, into fresh memory. `chunks` is what `Encoded.as_read` gives."""
     out = np.empty(encoded.count, encoded.bits)
-    size = encoded.encoding.chunk
+    count, size = together(encoded.encoding, out.itemsize), encoded.encoding.chunk
 
-    def chunk(number: int) -> None:
-        stored, ends = chunks[number]
-        encodings.decode_chunk(stored, ends, encoded.encoding, out[number * size : (number + 1) * size], "benchmark")
+    def several(first: int) -> None:
+        stored = [encodings.StoredChunk(*chunk, "benchmark") for chunk in chunks[first : first + count]]
+        encodings.decode_chunks(stored, encoded.encoding, out[first * size : (first + count) * size])
 
-    list(pool.map(chunk, range(len(chunks))))
+    list(pool.map(several, range(0, len(chunks), count)))
     return out
+
+
+def together(encoding: encodings.Encoding, width: int) -> int:
+    """Chunks that the package encodes and decodes in one step."""
+    return max(STEP_BYTES // (encoding.chunk * width), 1)
 
 
 def zipnn(dtype: str, delta: bool = False) -> Any:
