@@ -174,7 +174,8 @@ def _causal_class(config: Any, where: str) -> Any:
     names = named_classes(config, where)
     found = getattr(transformers, names[0], None) if names else None
     both_ways = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if found is None or not found.can_generate() or config.is_encoder_decoder or both_ways:
+    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if found is None or not known or not found.can_generate() or config.is_encoder_decoder or both_ways:
         raise UsageError(
             "it is no causal language model of transformers",
             where=where,
@@ -231,8 +232,10 @@ def _token_ids(subjects: list[_Subject], text: str, most: int | None) -> np.ndar
 def _stored_ids(file: str) -> np.ndarray[Any, Any]:
     try:
         ids = np.load(file, allow_pickle=False, mmap_mode="r")
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise UsageError("not a .npy file of numbers", where=file, hint=_SAVE) from error
+    if not isinstance(ids, np.ndarray):
+        raise UsageError("not a .npy file but several in one", where=file, hint=_SAVE)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         found = f"{ids.dtype} {list(ids.shape)}"
         raise UsageError("these are no token ids", where=file, expected="integers [n]", found=found, hint=_SAVE)

@@ -274,6 +274,11 @@ def test_text_that_does_not_fit_the_model(measure: Run, tmp_path: Path) -> None:
     assert "byte 3" in refusal(measure, "exact", "--text", str(tmp_path / "latin.txt"))
     (tmp_path / "text.npy").write_text(TEXT)
     assert "numpy.save" in refusal(measure, "exact", "--text", str(tmp_path / "text.npy"))
+    (tmp_path / "empty.npy").write_bytes(b"")
+    assert "numpy.save" in refusal(measure, "exact", "--text", str(tmp_path / "empty.npy"))
+    np.savez(tmp_path / "several.npz", ids=np.arange(9))
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    assert "several in one" in refusal(measure, "exact", "--text", str(tmp_path / "several.npy"))
     np.save(tmp_path / "float.npy", np.ones(9))
     assert "float64 [9]" in refusal(measure, "exact", "--text", str(tmp_path / "float.npy"))
 

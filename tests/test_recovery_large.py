@@ -150,3 +150,14 @@ def test_rows_are_read_as_an_array_is() -> None:
             np.testing.assert_array_equal(wide[where], values[where])
         np.testing.assert_array_equal(rows[:, columns], plain[:, columns])
         np.testing.assert_array_equal(wide[:, 2:4].T, values.T[2:4])
+
+
+@pytest.mark.parametrize("dead", [slice(0, 300), slice(2700, 3000)])
+def test_rows_of_another_scale_do_not_hide_the_rest_wherever_they_are(dead: slice) -> None:
+    shape = (3000, 320)
+    base, update = widen(based(shape), BF16, np.dtype(np.float32)), low_rank(shape, 8, 1)
+    for part in (base, update):
+        part[dead] *= np.float32(1e-28)
+    start = round_to(base, BF16)
+    factors = recovered(start, added(start, update), BF16)
+    assert len(factors.a) == 8

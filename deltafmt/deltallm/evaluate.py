@@ -101,7 +101,7 @@ def evaluate(
             each.train(mode)
     loss, right, same, kl = (totals / count).tolist()
     compared = reference is not None
-    perplexity = math.exp(loss) if loss < 700 else math.inf
+    perplexity = math.inf if loss >= 700 else math.exp(loss)  # of NaN it is NaN
     return Evaluation(perplexity, right, same if compared else None, kl if compared else None, count, seconds)
 
 
@@ -147,7 +147,9 @@ def _scores(logits: torch.Tensor, targets: torch.Tensor, others: torch.Tensor | 
         if others is not None:
             log_q = F.log_softmax(others[rows].float(), dim=-1)
             sums[2] += (best == log_q.argmax(-1)).sum()
-            sums[3] += F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).sum(dtype=torch.float64)
+            terms = F.kl_div(log_p, log_q, reduction="none", log_target=True)
+            terms = terms.masked_fill(log_q == -math.inf, 0)  # what the reference rules out
+            sums[3] += terms.sum(-1).sum(dtype=torch.float64)
     return sums
 
 

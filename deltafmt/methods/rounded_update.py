@@ -107,7 +107,9 @@ class Change:
     def __init__(self, base: Matrix, target: Matrix, dtype: Dtype, wide: np.dtype[Any], turned: bool = False) -> None:
         self._base, self._target, self._dtype, self._wide, self._turned = base, target, dtype, wide, turned
         self.shape = target.shape[::-1] if turned else target.shape
-        powers = self._powers(self._read(target, next(blocks_of_rows(self.shape))))
+        bits = self._read(target, self._sampled)
+        used = bits & bits.dtype.type((1 << (8 * dtype.width - 1)) - 1) != 0  # rows of zeros say nothing of the others
+        powers = self._powers(bits[used] if used.any() else bits)
         self.exponent = int(np.frexp(np.median(powers))[1]) - 1 - dtype.mantissa_bits
 
     def update(self, rows: Index) -> RoundedUpdate:
