@@ -235,6 +235,7 @@ def _stored_ids(file: str) -> np.ndarray[Any, Any]:
     except (ValueError, EOFError) as error:
         raise UsageError("not a .npy file of numbers", where=file, hint=_SAVE) from error
     if not isinstance(ids, np.ndarray):
+        ids.close()
         raise UsageError("not a .npy file but several in one", where=file, hint=_SAVE)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         found = f"{ids.dtype} {list(ids.shape)}"
