@@ -103,9 +103,12 @@ class Settings:
         if self.json:
             click.echo(json_text(report.as_dict()))
         elif not self.quiet:
-            from .tables import show
+            from . import scores, tables
 
-            show(report, **options)
+            if isinstance(report, EvalReport):
+                scores.show(report, **options)
+            else:
+                tables.show(report, **options)
 
 
 def _flag(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:

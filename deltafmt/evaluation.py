@@ -1,6 +1,6 @@
 """How good a model still is: an archive or a checkpoint predicts a text, by itself or beside another model.
 
-What is measured is in `deltallm.evaluate`; here are the models, and the tokens of the text. Needs `deltafmt[hf]`.
+What is measured is in `torch.evaluate`; here are the models, and the tokens of the text. Needs `deltafmt[hf]`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .report import EvalReport, Progress, Score, silent
 from .sources import Bases, PathLike, each_base, local_path, open_archive
 
 if TYPE_CHECKING:
-    from .deltallm.evaluate import Evaluation
+    from .torch.evaluate import Evaluation
 
 Mode: TypeAlias = Literal["full", "fused", "lazy"]
 MODES = ("full", "fused", "lazy")
@@ -84,7 +84,7 @@ def measure(
         raise UsageError("there is a base to compare with, and no model", hint="Name the model: --against MODEL")
     import torch
 
-    from .deltallm.evaluate import evaluate
+    from .torch.evaluate import evaluate
     from .torch.tensors import new_cast
 
     new_cast(device, None)  # whether there is such a device
@@ -333,8 +333,7 @@ def _loaded(subject: _Subject, device: str, dtype: str | None) -> Any:
 
 
 def _score(of: _Subject, model: Any, found: Evaluation) -> Score:
-    from .deltallm.evaluate import resident_bytes, stored_bytes
-    from .deltallm.structure import parameters
+    from .torch.evaluate import parameters, resident_bytes, stored_bytes
 
     return Score(
         model=of.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -77,9 +77,9 @@ def parse_manifest(data: bytes, where: str, limits: Limits = DEFAULT_LIMITS) -> 
             _parse_shard(item, f"/shards/{index}")
             for index, item in enumerate(_capped(fields.array("shards"), "shards", limits))
         ),
-        arrays=_parse_arrays(fields.object("arrays"), limits),
+        arrays=_named(fields.object("arrays"), "/arrays", limits, _parse_arrays, _parse_array),
         bases={name: _parse_base(name, item, limits) for name, item in fields.object("bases").items()},
-        tensors=_parse_tensors(fields.object("tensors"), limits),
+        tensors=_named(fields.object("tensors"), "/tensors", limits, _parse_tensors, _parse_tensor),
         checkpoint=_parse_checkpoint(fields.take("checkpoint", dict, "an object"), limits),
         sidecars={
             name: _parse_sidecar(item, f"/sidecars/{name}")
@@ -135,9 +135,30 @@ def _capped(items: Any, limit: str, limits: Limits) -> Any:
     return items
 
 
-def _named(items: dict[str, Any], pointer: str, limits: Limits, parse_item: Callable[[Any, str], _T]) -> dict[str, _T]:
+def _named(
+    items: dict[str, Any],
+    pointer: str,
+    limits: Limits,
+    parse_all: Callable[[dict[str, Any], Limits], Iterable[_T]],
+    parse_item: Callable[[Any, str, Limits], _T],
+) -> dict[str, _T]:
+    """Records by name: all at once, and one by one if something is odd about one of them, to say what and where."""
     limits.check("tensors", len(items), pointer)
-    return {name: parse_item(item, f"{pointer}/{names.check_name(name, pointer)}") for name, item in items.items()}
+    with suppress(DeltafmtError):
+        names.check_plain(items)
+        return dict(zip(items, parse_all(items, limits), strict=True))
+    return {
+        name: parse_item(item, f"{pointer}/{names.check_name(name, pointer)}", limits) for name, item in items.items()
+    }
+
+
+def _columns(record: Record, items: dict[str, Any], limits: Limits) -> list[Sequence[Any]]:
+    """Records that begin with a dtype and a shape and end with a digest, a column each."""
+    kind_names, sizes, *others, digests = record.columns(items.values())
+    kinds, shapes = kinds_and_shapes(kind_names, sizes, lambda size, kind: _parse_shape(size, kind, "", limits))
+    if not are_digests(digests):
+        raise MalformedError("not a digest")
+    return [kinds, shapes, *others, digests]
 
 
 def _parse_shape(items: list[Any], kind: Dtype, pointer: str, limits: Limits) -> Shape:
@@ -177,16 +198,12 @@ def _parse_shard(item: object, pointer: str) -> Shard:
     return Shard(names.check_shard_name(name, pointer), _checked_size(size, pointer), _checked_digest(header, pointer))
 
 
-def _parse_arrays(items: dict[str, Any], limits: Limits) -> dict[str, Array]:
-    limits.check("tensors", len(items), "/arrays")
-    with suppress(DeltafmtError):  # which the other way raises too, and says where
-        kind_names, sizes, shards, encodings, tables, digests = _ARRAY.columns(items.values())
-        names.check_plain(items)
-        kinds, shapes = kinds_and_shapes(kind_names, sizes, lambda size, kind: _parse_shape(size, kind, "", limits))
-        parsed = zip(kinds, shapes, shards, parse_encodings(encodings, kinds), tables, digests, strict=True)
-        if are_digests(digests) and all(0 <= min(sizes) <= max(sizes) <= MAX_INTEGER for sizes in (shards, tables)):
-            return dict(zip(items, map(Array._make, parsed), strict=True))
-    return _named(items, "/arrays", limits, lambda item, at: _parse_array(item, at, limits))
+def _parse_arrays(items: dict[str, Any], limits: Limits) -> Iterable[Array]:
+    kinds, shapes, shards, encodings, tables, digests = _columns(_ARRAY, items, limits)
+    for sizes in (shards, tables):
+        _checked_size(min(sizes), "")
+        _checked_size(max(sizes), "")
+    return map(Array, kinds, shapes, shards, parse_encodings(encodings, kinds), tables, digests)
 
 
 def _parse_array(item: object, pointer: str, limits: Limits) -> Array:
@@ -209,12 +226,7 @@ def _parse_base(name: str, item: object, limits: Limits) -> Base:
     fields = Fields(item, pointer)
     stated = _checked_digest(fields.text("digest"), pointer)
     base = Base(
-        _named(
-            fields.object("tensors"),
-            f"{pointer}/tensors",
-            limits,
-            lambda item, at: _parse_base_tensor(item, at, limits),
-        ),
+        _named(fields.object("tensors"), f"{pointer}/tensors", limits, _parse_base_tensors, _parse_base_tensor),
         fields.text("repo") if fields.has("repo") else None,
         fields.text("revision") if fields.has("revision") else None,
     )
@@ -230,22 +242,19 @@ def _parse_base(name: str, item: object, limits: Limits) -> Base:
     return base
 
 
+def _parse_base_tensors(items: dict[str, Any], limits: Limits) -> Iterable[BaseTensor]:
+    return map(BaseTensor, *_columns(_BASE_TENSOR, items, limits))
+
+
 def _parse_base_tensor(item: object, pointer: str, limits: Limits) -> BaseTensor:
     kind_name, shape, digest = _BASE_TENSOR(item, pointer)
     kind = dtype(kind_name, pointer)
     return BaseTensor(kind, _parse_shape(shape, kind, pointer, limits), _checked_digest(digest, pointer))
 
 
-def _parse_tensors(items: dict[str, Any], limits: Limits) -> dict[str, Tensor]:
-    limits.check("tensors", len(items), "/tensors")
-    with suppress(DeltafmtError):
-        kind_names, sizes, recipes, digests = _EXACT_TENSOR.columns(items.values())
-        names.check_plain(items)
-        kinds, shapes = kinds_and_shapes(kind_names, sizes, lambda size, kind: _parse_shape(size, kind, "", limits))
-        parsed = [parse_recipe(recipe, "") for recipe in recipes]
-        if are_digests(digests):
-            return dict(zip(items, map(Tensor, kinds, shapes, parsed, digests), strict=True))
-    return _named(items, "/tensors", limits, lambda item, at: _parse_tensor(item, at, limits))
+def _parse_tensors(items: dict[str, Any], limits: Limits) -> Iterable[Tensor]:
+    kinds, shapes, recipes, digests = _columns(_EXACT_TENSOR, items, limits)
+    return map(Tensor, kinds, shapes, [parse_recipe(recipe, "") for recipe in recipes], digests)
 
 
 def _parse_tensor(item: object, pointer: str, limits: Limits) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from .errors import MalformedError
 from .limits import JSON_DEPTH, MAX_INTEGER
+from .native import keys_rise
 
 _MAX_DIGITS = 19
 _DIGITS_AND_ENDS = bytes(0x30 if c in b"0123456789" else 0x2C if c in b",}] \t\r\n" else 0x78 for c in range(256))
@@ -52,7 +53,7 @@ def parse(data: bytes, where: str) -> Any:
             refuse("a byte order mark")
         value = json.loads(
             text,
-            object_pairs_hook=unique,
+            object_pairs_hook=None if keys_rise(data) else unique,
             parse_int=_integer(refuse) if _LONG_INTEGER in data.translate(_DIGITS_AND_ENDS) else None,
             parse_float=real,
             parse_constant=lambda name: refuse(f"{name} is not a JSON number"),
@@ -63,7 +64,7 @@ def parse(data: bytes, where: str) -> Any:
         refuse(f"nested deeper than {JSON_DEPTH}")
     except json.JSONDecodeError as error:
         refuse(f"not JSON: {error.msg} at character {error.pos}")
-    if "\\u" in text:  # the only way a lone surrogate gets through UTF-8
+    if b"\\u" in data:  # the only way a lone surrogate gets through UTF-8
         _check_surrogates(value, refuse)
     return value
 

@@ -1,36 +1,22 @@
-"""A report as people see it: tables on stdout."""
+"""What the verbs report, as people see it: tables on stdout."""
 
 from __future__ import annotations
 
-import io
 import statistics
-import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import singledispatch
-from typing import Any
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
 from .names import escaped
-from .report import (
-    EvalReport,
-    ExportReport,
-    InspectReport,
-    PackReport,
-    Report,
-    Score,
-    TensorReport,
-    UnpackReport,
-    VerifyReport,
-)
+from .printing import count, legend, new_facts, new_table, number, put, size
+from .report import ExportReport, InspectReport, PackReport, Report, TensorReport, UnpackReport, VerifyReport
 
 _LISTED = 10  # of a long list
-_PIPE_WIDTH = 4096
-_PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}  # names are shown as they are
 
 _METHODS = {
     "raw": "as it was",
@@ -55,57 +41,13 @@ _ROLES = {
 }
 
 
-def size(nbytes: int) -> str:
-    """Bytes to three digits, in powers of 1000: `999 B`, `45.3 kB`, `1.25 GB`."""
-    amount, unit = float(nbytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if amount < 999.5 or unit == "TB":
-            break
-        amount /= 1000
-    return f"{nbytes} B" if unit == "B" else f"{amount:.{2 if amount < 9.995 else 1 if amount < 99.95 else 0}f} {unit}"
-
-
-def count(number: int, noun: str) -> str:
-    """`1 tensor`, `2,000 tensors`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-# Reports
-
-
-def show(report: Report | EvalReport, *, tensors: bool = False, markdown: bool = False) -> None:
-    """Print a report to stdout.
-
-    Args:
-        tensors: of an `InspectReport`, list every tensor.
-        markdown: of an `EvalReport`, one table with a row per model, to be pasted elsewhere.
-    """
-    parts: list[RenderableType]
-    if tensors and isinstance(report, InspectReport):
-        parts = [*_tensor_list(report)]
-    elif markdown and isinstance(report, EvalReport):
-        parts = [_markdown(report)]
-    else:
-        parts = [*_parts(report)]
-    if sys.stdout.isatty() and not markdown:
-        _print(Console(**_PLAIN), parts)
-        return
-    text = io.StringIO()  # no terminal: nothing is wrapped, coloured, or padded to its width
-    _print(Console(**_PLAIN, file=text, width=_PIPE_WIDTH, color_system=None), parts)
-    lines = [line.rstrip() for line in text.getvalue().splitlines()]
-    sys.stdout.writelines(f"{line}\n" for line in lines if line or not markdown)  # rich puts an empty edge around it
-    sys.stdout.flush()
-
-
-def _print(console: Console, parts: Sequence[RenderableType]) -> None:
-    for place, part in enumerate(parts):
-        if place:
-            console.print()
-        console.print(part)
+def show(report: Report, *, tensors: bool = False) -> None:
+    """Print a report to stdout; with ``tensors``, of an `InspectReport`, every tensor."""
+    put(_tensor_list(report) if tensors and isinstance(report, InspectReport) else _parts(report))
 
 
 @singledispatch
-def _parts(report: Report | EvalReport) -> Iterator[RenderableType]:
+def _parts(report: Report) -> Iterator[RenderableType]:
     raise TypeError(f"no tables for {type(report).__name__}")
 
 
@@ -119,7 +61,7 @@ def _(report: PackReport) -> Iterator[RenderableType]:
         *(("base", f"{escaped(base)}{_needed(base, report)}") for base in report.bases),
         ("time", _time(report.logical_bytes, report.seconds)),
     ]
-    yield _facts(facts)
+    yield new_facts(facts)
     yield from _method_table(report.tensors)
     yield _role_table(report.roles)
     yield from _worst(report.tensors)
@@ -132,7 +74,7 @@ def _(report: PackReport) -> Iterator[RenderableType]:
 @_parts.register
 def _(report: UnpackReport) -> Iterator[RenderableType]:
     is_cast = not report.exact and not report.max_rel_error
-    yield _facts(
+    yield new_facts(
         [
             ("archive", f"{size(report.stored_bytes)}  {escaped(report.source)}"),
             ("output", f"{size(report.logical_bytes)}  {escaped(report.destination)}"),
@@ -158,7 +100,7 @@ def _(report: InspectReport) -> Iterator[RenderableType]:
         revision = f"@{base['revision']}" if base["revision"] else ""
         known = f"{base['repo']}{revision}" if base["repo"] else f"BASE, {count(base['tensors'], 'tensor')}"
         facts += [("base", f"{escaped(known)} (pass --base and its place)"), ("", f"{name}: {base['digest']}")]
-    yield _facts([*facts, ("files", _listed(report.files))])
+    yield new_facts([*facts, ("files", _listed(report.files))])
     yield _role_table(report.roles)
     yield from _method_table(report.tensors)
     yield from _rank_table(report.ranks)
@@ -201,14 +143,11 @@ def _(report: VerifyReport) -> Iterator[RenderableType]:
         yield _difference_table(report)
 
 
-# Their parts
-
-
 @_parts.register
 def _(report: ExportReport) -> Iterator[RenderableType]:
     adapted = [tensor for tensor in report.tensors.values() if tensor.method != "left-out"]
     taken = sum(tensor.method == "factors" for tensor in adapted)
-    yield _facts(
+    yield new_facts(
         [
             ("archive", escaped(report.source)),
             ("adapter", f"{size(report.stored_bytes)}  {escaped(report.destination)} ({report.format})"),
@@ -231,78 +170,13 @@ def _(report: ExportReport) -> Iterator[RenderableType]:
         yield table
 
 
-_SCORES: tuple[tuple[str, Callable[[Score], str], str], ...] = (
-    ("perplexity", lambda score: f"{score.perplexity:,.3f}", "lower is better, 1 is perfect"),
-    ("accuracy", lambda score: _percent(score.accuracy), "the likeliest next token is the right one"),
-    ("agreement", lambda score: _percent(score.agreement), "the likeliest next token is that of --against"),
-    ("KL", lambda score: "" if score.kl is None else f"{score.kl:.3g}", "nats per token away from --against"),
-    ("parameters", lambda score: f"{score.parameters:,}", "numbers it computes with"),
-    ("stored", lambda score: size(score.stored_bytes), "all files, without bases"),
-    ("resident", lambda score: size(score.resident_bytes), "weights in memory"),
-    ("tokens/s", lambda score: f"{score.tokens_per_second:,.0f}", "through the model, on this machine"),
-)
-"""What is shown of a model: name, text, and what it means."""
-
-
-@_parts.register
-def _(report: EvalReport) -> Iterator[RenderableType]:
-    scores = [score for score in (report.model, report.against) if score is not None]
-    named = [("model", report.model), *([("against", report.against)] if report.against else [])]
-    facts = [("text", f"{escaped(report.text)}: {count(report.tokens, 'token')} predicted")]
-    facts += [("windows", f"{report.length} tokens, {report.batch} at once, on {report.device}")]
-    for role, score in named:
-        facts += [(role, f"{escaped(score.model)}  ({score.mode}, {score.dtype})")]
-        facts += [("base", escaped(base)) for base in score.bases]
-    yield _facts([*facts, ("time", f"{report.seconds:.1f} s")])
-    table = _table(Column("", style="cyan"), *(_number(role) for role, _ in named), _legend())
-    for name, text, told in _SCORES:
-        if any(cells := [text(score) for score in scores]):
-            table.add_row(name, *cells, told)
-    yield table
-
-
-def _markdown(report: EvalReport) -> Table:
-    scores = [score for score in (report.model, report.against) if score is not None]
-    shown = [(name, text) for name, text, _ in _SCORES if any(text(score) for score in scores)]
-    table = Table("model", *(_number(name) for name, _ in shown), box=box.MARKDOWN)
-    for score in scores:
-        name = escaped(score.model).replace("|", r"\|")  # a bare pipe would end the cell
-        table.add_row(name, *(text(score) for _, text in shown))
-    return table
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.2f} %"
+# Their parts
 
 
 def _needed(base: str, report: PackReport) -> str:
     if report.method == "repack":
         return "  (what was taken from it is stored: reading the archive does not take it)"
     return "" if base in report.bases_needed else "  (nothing of it was of use: reading the archive does not take it)"
-
-
-def _facts(rows: Iterable[tuple[str, str]]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, fact in rows:
-        if fact:
-            table.add_row(name, fact)
-    return table
-
-
-def _table(*columns: Column) -> Table:
-    return Table(
-        *columns, box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False, caption_justify="left"
-    )
-
-
-def _number(header: str) -> Column:
-    return Column(header, justify="right", no_wrap=True)
-
-
-def _legend() -> Column:
-    return Column("", style="dim")
 
 
 def _name(header: str = "tensor") -> Column:
@@ -315,13 +189,13 @@ def _method_table(tensors: dict[str, TensorReport]) -> Iterator[Table]:
     groups: dict[str, list[TensorReport]] = defaultdict(list)
     for tensor in tensors.values():
         groups[tensor.method].append(tensor)
-    table = _table(
+    table = new_table(
         Column("method", style="cyan"),
-        _number("tensors"),
-        _number("input"),
-        _number("stored"),
-        _number("ratio"),
-        _legend(),
+        number("tensors"),
+        number("input"),
+        number("stored"),
+        number("ratio"),
+        legend(),
     )
     for method, group in sorted(groups.items(), key=lambda item: -sum(tensor.logical_bytes for tensor in item[1])):
         table.add_row(method, *_totals(group), _METHODS.get(method, ""))
@@ -338,7 +212,7 @@ def _totals(group: Sequence[TensorReport]) -> tuple[str, str, str, str]:
 
 def _role_table(roles: dict[str, int]) -> Table:
     total = sum(roles.values())
-    table = _table(Column("role", style="cyan"), _number("stored"), _number("share"), _legend())
+    table = new_table(Column("role", style="cyan"), number("stored"), number("share"), legend())
     for role, nbytes in sorted(roles.items(), key=lambda item: -item[1]):
         if nbytes:
             share = f"{100 * nbytes / total:.1f} %"
@@ -349,7 +223,7 @@ def _role_table(roles: dict[str, int]) -> Table:
 def _rank_table(ranks: dict[str, int]) -> Iterator[Table]:
     if not ranks:
         return
-    table = _table(_number("rank"), _number("tensors"))
+    table = new_table(number("rank"), number("tensors"))
     found = Counter(ranks.values()).most_common()
     for rank, tensors in sorted(found[:_LISTED]):
         table.add_row(str(rank), f"{tensors:,}")
@@ -362,7 +236,7 @@ def _sharing_table(report: InspectReport) -> Iterator[RenderableType]:
     within = {name: to for name, to in report.sharing.items() if to in report.tensors}
     if not within:
         return
-    table = _table(_name(), Column("shares with", overflow="fold"), Column("by", style="dim"))
+    table = new_table(_name(), Column("shares with", overflow="fold"), Column("by", style="dim"))
     for name, to in list(within.items())[:_LISTED]:
         table.add_row(escaped(name), escaped(to), report.tensors[name].method)
     if len(within) > _LISTED:
@@ -375,7 +249,7 @@ def _worst(tensors: dict[str, TensorReport]) -> Iterator[Table]:
     lossy = sorted((item for item in tensors.items() if item[1].rel_error), key=lambda item: -(item[1].rel_error or 0))
     if not lossy:
         return
-    table = _table(_name("largest errors"), _number("rank"), _number("error"), _number("ratio"))
+    table = new_table(_name("largest errors"), number("rank"), number("error"), number("ratio"))
     for name, tensor in lossy[:_LISTED]:
         ratio = _ratio(tensor.stored_bytes, tensor.logical_bytes)
         table.add_row(escaped(name), _or_blank(tensor.rank), _error(tensor.rel_error), ratio)
@@ -391,7 +265,7 @@ def _difference_table(report: VerifyReport) -> Table:
         error = tensor.rel_error if tensor is not None and "relative error" in item[1] else None
         return -error if error is not None and error == error else float("-inf")
 
-    table = _table(_name("tensor or file"), Column("difference", overflow="fold"))
+    table = new_table(_name("tensor or file"), Column("difference", overflow="fold"))
     for name, difference in sorted(report.differences.items(), key=badness)[:_LISTED]:
         table.add_row(escaped(name), difference)
     if len(report.differences) > _LISTED:
@@ -401,11 +275,11 @@ def _difference_table(report: VerifyReport) -> Table:
 
 def _tensor_list(report: InspectReport) -> Iterator[Table]:
     lossy = any(tensor.rank is not None or tensor.rel_error for tensor in report.tensors.values())
-    numbers = [_number("input"), _number("stored"), _number("ratio")]
+    numbers = [number("input"), number("stored"), number("ratio")]
     columns = [_name(), Column("dtype"), Column("shape", no_wrap=True), Column("method"), *numbers]
-    columns += [_number("rank"), _number("error")] if lossy else []
+    columns += [number("rank"), number("error")] if lossy else []
     columns += [Column("refers to", overflow="fold", style="dim")] if report.sharing else []
-    table = _table(*columns)
+    table = new_table(*columns)
     for name, tensor in report.tensors.items():
         row = [escaped(name), tensor.dtype, " x ".join(map(str, tensor.shape)) or "scalar", tensor.method]
         row += _totals([tensor])[1:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import math
 from pathlib import Path
@@ -21,9 +20,8 @@ from deltafmt.deltallm.adapters import add_lora
 from deltafmt.deltallm.architecture import blocks, linears
 from deltafmt.deltallm.baselines import drop_layers, lora_numbers, lora_rank, merge_layers, svd_model
 from deltafmt.deltallm.calibration import block_influence, second_moments
-from deltafmt.deltallm.evaluate import evaluate, resident_bytes, stored_bytes
 from deltafmt.deltallm.initialise import twin
-from deltafmt.deltallm.structure import parameters
+from deltafmt.torch.evaluate import evaluate, parameters, resident_bytes, stored_bytes
 from deltallm_runs import METHODS
 
 IDS = torch.arange(130) * 37 % 256
@@ -98,7 +96,7 @@ def test_agreement_and_divergence_are_those_of_their_definitions(llama: Any) -> 
 
 def test_many_positions_are_scored_in_slices(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluate(llama, IDS, reference=new_llama(1), length=130)
-    monkeypatch.setattr(importlib.import_module("deltafmt.deltallm.evaluate"), "_ROWS", 7)
+    monkeypatch.setattr("deltafmt.torch.evaluate._ROWS", 7)
     sliced = evaluate(llama, IDS, reference=new_llama(1), length=130)
     assert sliced.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
     assert sliced.kl == pytest.approx(whole.kl, rel=1e-6)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltafmt import native
+from deltafmt import native, strictjson
 from deltafmt.dtypes import DTYPES, round_to
 from deltafmt.encodings import planes, segments, zstd
 from deltafmt.errors import MalformedError
 from deltafmt.gemm import Product
 from deltafmt.methods.grouping import kinds_by_exponent
+from deltafmt.native import keys_rise
 from deltafmt.operators.patch import difference
 
 Array = npt.NDArray[Any]
@@ -218,3 +221,57 @@ def test_what_kernels_are_told_is_checked() -> None:
     for low_bits, count in ((3, [10]), (8, [11, -1])):  # for C, 3 is 8
         with pytest.raises(ValueError):
             native.split_segments(even, count, [low_bits] * len(count), [1] * len(count), np.zeros(99, np.uint8))
+
+
+# Keys
+
+json_keys = st.sampled_from(["", "a", "aa", "b", "é", "\U0001f600", ":", "{", "a b", ",", '"', "\\", "\n"])
+json_values = st.recursive(
+    st.one_of(json_keys, st.integers(), st.none()),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.lists(st.tuples(json_keys, inner), max_size=4).map(tuple)),
+    max_leaves=12,
+)
+
+
+def printed(value: object, space: str) -> str:
+    """As JSON; a tuple is an object, of pairs, in this order, some maybe twice."""
+    if isinstance(value, tuple):
+        pairs = (f"{json.dumps(key, ensure_ascii=False)}{space}:{printed(item, space)}" for key, item in value)
+        return "{" + ",".join(pairs) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(printed(item, space) for item in value) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def is_canonical(value: object) -> bool:
+    """Whether the keys of each object rise, in UTF-8, and nothing in it is printed with a backslash."""
+    if isinstance(value, tuple):
+        names = [name.encode() for name, _ in value]
+        rise = all(one < two for one, two in pairwise(names))
+        return rise and all(is_canonical(name) and is_canonical(item) for name, item in value)
+    if isinstance(value, list):
+        return all(map(is_canonical, value))
+    return not isinstance(value, str) or "\\" not in json.dumps(value, ensure_ascii=False)
+
+
+@given(json_values, st.sampled_from(["", "", " ", "\n"]))
+def test_keys_that_rise_are_there_once(value: object, space: str) -> None:
+    rise = keys_rise(printed(value, space).encode())
+    assert rise == is_canonical(value) or (space and not rise)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a":1,"a":2}', '[[{"a":{"b":1,"b":1}}]]', '{"a":1,"a" :2}', '{"a":{},"a":{}}', '{"":1,"":1}']
+)
+def test_a_key_that_is_there_twice_is_seen_by_whoever_looks(text: str) -> None:
+    assert not keys_rise(text.encode())
+    for patching in (pytest.MonkeyPatch(), without_kernels()):
+        with pytest.raises(MalformedError, match="duplicate key"):
+            strictjson.parse(text.encode(), "here")
+        patching.undo()
+
+
+@given(st.binary(max_size=40))
+def test_keys_of_what_is_no_json(data: bytes) -> None:
+    for text in (data, b'{"' + data, data + b'{"a":[[{"', b"[" * 70 + data, b"]" + data):
+        assert keys_rise(text) in (False, True)  # and nothing was read that is not there, as a sanitizer would say

@@ -23,9 +23,9 @@ import merges
 from deltafmt.errors import IntegrityError, UsageError
 from deltafmt.operators import Ref
 from deltafmt.torch import BaseCache, MultiTenant, load_model, load_state_dict, merge, swap
+from deltafmt.torch.evaluate import resident_bytes
 from deltafmt.torch.fused import deltas
 from deltafmt.torch.tensors import room_for
-from torch_memory import resident
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -124,8 +124,8 @@ def test_bases_are_in_memory_once(kind: str, lowrank: tuple[Path, Path, Any]) ->
         for model in models[1:]
         for ours, theirs in zip(deltas(models[0]).values(), deltas(model).values(), strict=True)
     )
-    own = resident(models[0]) - cache.nbytes
-    assert resident(*models) <= cache.nbytes + 5 * own
+    own = resident_bytes(models[0]) - cache.nbytes
+    assert resident_bytes(*models) <= cache.nbytes + 5 * own
     assert own < cache.nbytes / 2
     del models, bases
     gc.collect()
@@ -135,9 +135,9 @@ def test_bases_are_in_memory_once(kind: str, lowrank: tuple[Path, Path, Any]) ->
 def test_copies_casts_and_state_dicts_know_each_weight_once(kind: str, lowrank: tuple[Path, Path, Any]) -> None:
     packed, base, plain = lowrank
     model = load_model(packed, "fused", base=base)
-    size = resident(model)
+    size = resident_bytes(model)
     again = copy.deepcopy(model)
-    assert resident(again) == size and resident(model, again) > size
+    assert resident_bytes(again) == size and resident_bytes(model, again) > size
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
     wide = again.to(torch.float64)
     torch.testing.assert_close(logits(wide), logits(copy.deepcopy(plain).to(torch.float64)), rtol=0, atol=1e-5)
@@ -204,11 +204,11 @@ def test_inductor_compiles_one_graph(lowrank: tuple[Path, Path, Any]) -> None:
 
 def test_as_many_components_as_fit(kind: str, lowrank: tuple[Path, Path, Any]) -> None:
     packed, base, _ = lowrank
-    none, one = (resident(load_model(packed, "fused", base=base, rank=rank)) for rank in (0, 1))
+    none, one = (resident_bytes(load_model(packed, "fused", base=base, rank=rank)) for rank in (0, 1))
     component = one - none
     model = load_model(packed, "fused", base=base, max_bytes=none + 3 * component + component // 2)
     assert {layer.factors.rank for layer in deltas(model).values()} == {3}
-    assert resident(model) == none + 3 * component
+    assert resident_bytes(model) == none + 3 * component
     with pytest.raises(UsageError, match="does not fit"):
         load_model(packed, "fused", base=base, max_bytes=none - 1)
     with pytest.raises(UsageError, match="does not fit"):
@@ -336,7 +336,7 @@ def test_what_could_not_be_read_back_is_not_saved(tmp_path: Path, lowrank: tuple
 
 def test_the_dense_model_of_a_prefix_fits_too(tmp_path: Path, lowrank: tuple[Path, Path, Any]) -> None:
     archive, base, _ = lowrank
-    size = resident(load_model(archive, "full", base=base))
+    size = resident_bytes(load_model(archive, "full", base=base))
     with pytest.raises(UsageError, match="max_bytes"):
         load_model(archive, "full", base=base, rank=2, max_bytes=size // 2)
 

@@ -20,17 +20,12 @@ import synthetic
 from deltafmt.errors import UsageError, WrongBaseError
 from deltafmt.operators import Lowrank, Ref, Sum
 from deltafmt.torch import load_model, merge
+from deltafmt.torch.evaluate import resident_bytes
 from deltafmt.torch.fused import deltas
 
 transformers.utils.logging.disable_progress_bar()
 
 IDS = torch.arange(100, 140)[None]
-
-
-def resident(model: nn.Module) -> int:
-    """Bytes of the memory that a model holds, each storage once."""
-    tensors = [each for each in (*model.parameters(), *model.buffers()) if each.device.type != "meta"]
-    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
 def run(model: Any) -> torch.Tensor:
@@ -83,8 +78,8 @@ def test_shared_layers_take_no_more_than_what_is_stored(layered: tuple[Path, Pat
         )
     model, plain = load_model(packed, "fused"), load_model(packed)
     assert len(deltas(model)) >= 14
-    assert resident(model) <= 1.02 * arrays
-    assert resident(model) < 0.8 * resident(plain)
+    assert resident_bytes(model) <= 1.02 * arrays
+    assert resident_bytes(model) < 0.8 * resident_bytes(plain)
     owners = {layer.holder for layer in deltas(model).values()}
     assert all(isinstance(owner, nn.Linear) for owner in owners)  # no pool: the anchors are layers of the model
     assert len({name.rpartition(".")[2] for name in model.state_dict()}) == 3  # weights and factors
@@ -122,11 +117,11 @@ def test_weights_without_a_base_have_the_dtype_of_the_model(tmp_path: Path) -> N
 def test_a_lazy_model_holds_a_layer_at_a_time(layered: tuple[Path, Path]) -> None:
     packed, _ = layered
     model = load_model(packed, "lazy")
-    before, most = resident(model), []
+    before, most = resident_bytes(model), []
     for module in model.modules():
-        module.register_forward_hook(lambda *_: most.append(resident(model)), prepend=True)
+        module.register_forward_hook(lambda *_: most.append(resident_bytes(model)), prepend=True)
     run(model)
-    assert resident(model) == before < 100_000
+    assert resident_bytes(model) == before < 100_000
     largest = max(each.nbytes for each in load_model(packed).parameters())
     assert largest <= max(most) <= before + largest
     kept = load_model(packed, "lazy", keep=True)

@@ -19,7 +19,6 @@ ruins the model: sizes and times are real, what it says is not.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import statistics
 import tempfile
@@ -36,23 +35,14 @@ from zipnn import ZipNN
 import deltafmt
 import deltafmt.torch
 import fixtures
-import merges
 import synthetic
-import train_lora
-from deltafmt.manifest import Manifest
-from deltafmt.operators import Lowrank, Ref, Stored, Sum
 from measure import Cell, Report, Timed, in_turns
+from serving_fused import shared, tenants
 
 THREADS = 2
 WEIGHTS = "model.safetensors"
 SIDE = 4096
-SHARED = "sequential:3"
-RANK = 64
 BLOCK = 256  # rows
-TENANTS = 5
-BF16_ROUNDING = 2.0**-8
-"""Rounding to nearest changes a normal number by at most this share of it."""
-DEVIATIONS = 8
 
 
 # --- Loading --------------------------------------------------------------------------------------------------------
@@ -202,199 +192,6 @@ def _merge_row(work: Path, rank: int, repeats: int) -> dict[str, Cell]:
     return {"rank": rank, **speed, **ratios}
 
 
-# --- Shared layers --------------------------------------------------------------------------------------------------
-
-
-def shared_model(work: Path) -> Path:
-    """The archive of SmolLM2 in bf16, of shared layers and factors."""
-    model = train_lora.base("smollm2", "bfloat16")
-    archive = work / "shared"
-    deltafmt.pack(model, archive, method="lowrank", share=SHARED, rank=RANK, force=True)
-    return archive
-
-
-def low_rank_load(report: Report, archive: Path, repeats: int) -> None:
-    """Everything of a model of shared layers, beside the limit."""
-    files = [path for path in archive.iterdir() if path.suffix == ".safetensors"]
-    with deltafmt.open(archive, framework="pt") as opened:
-        sums = operands(opened)
-
-    def limit(dtype: torch.dtype) -> Callable[[], None]:
-        ready = [(base.to(dtype), b.to(dtype).T, a.to(dtype), scale) for base, b, a, scale in sums]
-
-        def run() -> None:
-            for path in files:
-                np.fromfile(path, np.uint8)
-            for base, b, a, scale in ready:
-                torch.addmm(base, b, a, alpha=scale)
-
-        return run
-
-    dtype = sums[0][0].dtype
-    limits = {f"limit, {str(each).removeprefix('torch.')}": limit(each) for each in {dtype: 0, torch.float32: 0}}
-    load = Timed(lambda: deltafmt.torch.load_state_dict(archive))
-    seconds = in_turns({"deltafmt": load, **{name: Timed(run) for name, run in limits.items()}}, repeats)
-    rows: list[dict[str, Cell]] = [
-        {
-            "products": len(sums),
-            **{f"{name}, s": value for name, value in seconds.items()},
-            **{f"times the {name}": seconds["deltafmt"] / seconds[name] for name in limits},
-            "asked": "<= 1.3",
-        }
-    ]
-    note = (
-        "The limit reads the files, and calls addmm with the weights of the model itself, in its own dtype and in fp32."
-    )
-    report.table(f"Full load of shared layers, SmolLM2, {SHARED}, rank {RANK}", rows, note)
-
-
-def operands(opened: deltafmt.OpenArchive) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]]:
-    """Base `[out, in]`, b `[r, out]`, a `[r, in]` and scale of every tensor that is a base plus a product."""
-    manifest = opened._archive.manifest
-    found = []
-    for name in products(manifest):
-        recipe = manifest.tensors[name].recipe
-        assert isinstance(recipe, Sum)
-        base, low = recipe.terms
-        assert isinstance(base, (Ref, Stored)) and isinstance(low, Lowrank)
-        whole = opened.get_tensor(base.tensor) if isinstance(base, Ref) else _array(opened, base)
-        found.append((whole, _array(opened, low.b), _array(opened, low.a), low.scale))
-    return found
-
-
-def products(manifest: Manifest) -> list[str]:
-    """The tensors that low-rank products are part of."""
-    return [
-        name
-        for name, tensor in manifest.tensors.items()
-        if any(isinstance(node, Lowrank) for node in tensor.recipe.walk())
-    ]
-
-
-def _array(opened: deltafmt.OpenArchive, node: object) -> torch.Tensor:
-    """A stored array, as float32."""
-    assert isinstance(node, Stored)
-    array = opened._archive.manifest.arrays[node.array]
-    bits = opened._archive.stored_array(node.array)
-    return torch.from_numpy(bits.view(array.dtype.values).astype(np.float32).reshape(array.shape))
-
-
-def memory(report: Report, archive: Path) -> None:
-    """Bytes of all parameters and buffers, each memory counted once."""
-    dense = deltafmt.torch.load_model(archive, "full")
-    fused = deltafmt.torch.load_model(archive, "fused")
-    rows: list[dict[str, Cell]] = [
-        {
-            "dense MB": resident(dense) / 1e6,
-            "fused MB": resident(fused) / 1e6,
-            "stored arrays, not compressed, MB": stored_bytes(archive) / 1e6,
-            "fused / dense": resident(fused) / resident(dense),
-            "fused / stored": resident(fused) / stored_bytes(archive),
-            "asked": "<= 1.1",
-        }
-    ]
-    report.table(
-        f"Resident weights, SmolLM2, {SHARED}, rank {RANK}",
-        rows,
-        "The archive's bases are compressed, the resident ones are not.",
-    )
-    with deltafmt.open(archive) as opened:
-        forward(report, dense, fused, products(opened._archive.manifest))
-
-
-def stored_bytes(archive: Path) -> int:
-    """Bytes of all stored arrays of an archive, as they are in memory."""
-    with deltafmt.open(archive) as opened:
-        return sum(array.numel * array.dtype.width for array in opened._archive.manifest.arrays.values())
-
-
-def resident(*models: torch.nn.Module) -> int:
-    """Bytes of the storages of models' parameters and buffers, each counted once."""
-    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
-
-
-def forward(report: Report, dense: torch.nn.Module, fused: torch.nn.Module, made: Iterable[str]) -> None:
-    """One token each for a batch of 1 and 64, in float32 (bfloat16 is slow on most processors)."""
-    dense, fused = dense.float().eval(), fused.float().eval()
-    hidden = int(dense.config.hidden_size)  # type: ignore[union-attr,arg-type]
-    weights = [weight for name, weight in dense.named_parameters() if name in set(made)]
-    rows: list[dict[str, Cell]] = []
-    for batch in (1, 64):
-        tokens = torch.arange(batch)[:, None] + 100
-        with torch.no_grad():
-            seconds = in_turns(
-                {
-                    "dense": Timed(lambda tokens=tokens: dense(tokens)),
-                    "fused": Timed(lambda tokens=tokens: fused(tokens)),
-                },
-                5,
-            )
-            others = fused(tokens).logits
-        logits = dense(tokens).logits
-        apart = (logits.detach() - others).abs()
-        worst = int(apart.argmax())
-        bound = logit_bound(logits.flatten()[worst], weights)
-        if apart.flatten()[worst] > bound:
-            raise SystemExit("logits are further apart than rounding explains")
-        rows.append(
-            {
-                "batch": batch,
-                **{f"{name}, s": value for name, value in seconds.items()},
-                "fused / dense": seconds["fused"] / seconds["dense"],
-                "asked: overhead 2r/d": 2 * RANK / hidden,
-                "logits, largest": float(logits.detach().abs().max()),
-                "furthest apart": float(apart.max()),
-                "asked: its bound": bound,
-            }
-        )
-    note = """Bound: the dense model has each sum W = base + B A rounded to bf16, error e, |e| <= 2^-8 |W|; the fused
-one never rounds it. To first order a logit z moves by the sum of e dz/dW over all these weights. Rounding errors taken
-as independent and of mean 0, Hoeffding's inequality says that it moves by more than t with a probability of at most
-2 exp(-t^2 / 2 s^2), where s is 2^-8 times the norm of W dz/dW: at t = 8 s less than one in 10^13. s is worked out for
-the logit that moved most. What fp32 rounds in the products, about (d + r) 2^-24, is a hundredth of that."""
-    report.table("Forward, one token each, fp32", rows, note)
-
-
-def logit_bound(logit: torch.Tensor, weights: list[torch.nn.Parameter]) -> float:
-    """How far one logit moves at most, to first order, if each of these weights is rounded to bf16.
-
-    By Hoeffding (1963), theorem 2: the chance that it moves further is less than 2 exp(-DEVIATIONS^2 / 2).
-    """
-    slopes = torch.autograd.grad(logit, weights)
-    squares = [float((weight.detach() * slope).square().sum()) for weight, slope in zip(weights, slopes, strict=True)]
-    return DEVIATIONS * BF16_ROUNDING * math.sqrt(math.fsum(squares))
-
-
-# --- Five fine-tunes of one base ------------------------------------------------------------------------------------
-
-
-def tenants(report: Report, work: Path, _repeats: int) -> None:
-    """The real fine-tune of MiniLM and four made ones, fused, in one process."""
-    base = fixtures.minilm()
-    made = [merges.fine_tuned(base, work / f"tenant-{seed}", seed=seed) for seed in range(TENANTS - 1)]
-    archives = []
-    for place, model in enumerate([fixtures.finetune(), *made]):
-        archives.append(work / f"tenant-packed-{place}")
-        deltafmt.pack(model, archives[-1], base=base, rank=16, force=True)
-    cache = deltafmt.torch.BaseCache()
-    models = [deltafmt.torch.load_model(archive, "fused", base=base, bases=cache) for archive in archives]
-    own = [stored_bytes(archive) for archive in archives]
-    alone = sum(tensor.nbytes for tensor in load_file(base / WEIGHTS).values())
-    rows: list[dict[str, Cell]] = [
-        {
-            "fine-tunes": TENANTS,
-            "base MB": alone / 1e6,
-            "stored beside it, all five, MB": sum(own) / 1e6,
-            "resident MB": resident(*models) / 1e6,
-            "each by itself, MB": sum(map(resident, models)) / 1e6,
-            "resident / (base once + stored)": resident(*models) / (alone + sum(own)),
-            "asked": "<= 1.1, base once",
-        }
-    ]
-    report.table("Five fused fine-tunes of MiniLM, rank 16, fp32", rows)
-
-
 # --- First tensor ---------------------------------------------------------------------------------------------------
 
 
@@ -418,13 +215,6 @@ def first_tensor(report: Report, work: Path, repeats: int) -> None:
         rows,
         "From a path to the smallest tensor; torch is imported already. No figure was asked for.",
     )
-
-
-def shared(report: Report, work: Path, repeats: int) -> None:
-    """All that is measured on the model of shared layers."""
-    archive = shared_model(work)
-    low_rank_load(report, archive, repeats)
-    memory(report, archive)
 
 
 PARTS: dict[str, Callable[[Report, Path, int], None]] = {

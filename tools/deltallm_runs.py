@@ -23,13 +23,13 @@ import torch
 import deltafmt
 import deltafmt.torch
 import deltallm_subjects as subjects
-from deltafmt.deltallm import Plan, Structure, align, block_influence, delta_model, parameters, plan, second_moments
+from deltafmt.deltallm import Plan, Structure, align, block_influence, delta_model, plan, second_moments
 from deltafmt.deltallm.architecture import blocks, linears
 from deltafmt.deltallm.baselines import drop_layers, lora_numbers, lora_rank, merge_layers, svd_model
-from deltafmt.deltallm.evaluate import Evaluation, evaluate, resident_bytes, stored_bytes
 from deltafmt.deltallm.initialise import twin
 from deltafmt.deltallm.save import save
 from deltafmt.deltallm.train import Training, train
+from deltafmt.torch.evaluate import Evaluation, evaluate, parameters, resident_bytes, stored_bytes
 
 METHODS = ("delta", "svd", "asvd", "drop", "merge", "control")
 INITIAL = ("plain", "weighted", "full")

@@ -12,12 +12,12 @@ from ..errors import MissingExtraError
 if any(importlib.util.find_spec(library) is None for library in ("torch", "transformers")):
     raise MissingExtraError("deltafmt.deltallm needs torch and transformers", extra="hf")
 
+from ..torch.evaluate import Evaluation, evaluate, parameters
 from .alignment import align
 from .calibration import block_influence, second_moments
-from .evaluate import Evaluation, evaluate
 from .initialise import delta_model
 from .save import save
-from .structure import Plan, Structure, parameters, plan
+from .structure import Plan, Structure, plan
 from .train import Training, train
 
 __all__ = [

@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
+from ..torch.evaluate import parameters
 from .architecture import blocks, linears
 from .initialise import factors, put_factors, twin
-from .structure import Structure, parameters, ranks_for, weight_shape
+from .structure import Structure, ranks_for, weight_shape
 
 
 def drop_layers(model: nn.Module, influence: Sequence[float], remove: float) -> nn.Module:

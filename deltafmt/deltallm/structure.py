@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..methods.sharing import Explicit, Parts, Sequential, parse_layout
+from ..torch.evaluate import parameters
 from ..torch.fused import fused_like
 from .architecture import block_name, blocks, linears
 
@@ -99,11 +100,6 @@ def plan(model: nn.Module, structure: Structure, importance: Sequence[float] | N
                 f"{name}: factors as large as the weight save nothing", expected=f"at most {most}", found=rank
             )
     return Plan(anchors, ranks)
-
-
-def parameters(model: nn.Module) -> int:
-    """How many numbers the parameters of a model hold; what is tied or shared counts once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _check(structure: Structure) -> None:

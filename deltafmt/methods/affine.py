@@ -46,8 +46,8 @@ def row_scales(base: Matrix, bits: Matrix, dtype: Dtype) -> Float64 | None:
     """
     low, high = _probed(base, bits, dtype)
     likely = np.flatnonzero(_is_scaled(low, high))
-    step = max(1, _BLOCK_ELEMENTS // base.shape[1])
-    for rows in np.split(likely, range(step, len(likely), step)):
+    for some in row_blocks((len(likely), base.shape[1])):
+        rows = likely[some]
         low[rows], high[rows] = _quotients(base[rows], bits[rows], dtype)
     explained = _is_scaled(low, high)
     if not explained.any():

@@ -64,7 +64,7 @@ class WideRows(Rows):
         return values
 
 
-def row_blocks(shape: tuple[int, ...], elements: int = _BLOCK_ELEMENTS) -> Iterator[slice]:
-    """Slices of all rows, of some `elements` each or one row: temporaries of such fit into the cache."""
-    step = max(1, elements // max(1, shape[1]))
+def row_blocks(shape: tuple[int, ...], elements: int = _BLOCK_ELEMENTS, most: int | None = None) -> Iterator[slice]:
+    """Slices of all rows, each of some `elements` and at most `most` rows, or of one row: temporaries stay small."""
+    step = max(1, min(most or shape[0], elements // max(1, shape[1])))
     return (slice(begin, begin + step) for begin in range(0, shape[0], step))

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..dtypes import Bits, Dtype, widen
-from .matrices import Index, Matrix
+from .matrices import Index, Matrix, row_blocks
 from .svd import Float32
 
 Floats = npt.NDArray[Any]  # float32, or float64 where the tensor is float32 itself
@@ -168,9 +168,8 @@ def rounded_update(base: Floats, target: Bits, dtype: Dtype) -> RoundedUpdate:
 
 
 def blocks_of_rows(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of rows that keep temporaries small."""
-    step = max(1, min(_BLOCK_ROWS, _BLOCK_ELEMENTS // max(1, shape[1])))
-    return (slice(start, start + step) for start in range(0, shape[0], step))
+    """The `row_blocks` that updates are worked on in."""
+    return row_blocks(shape, _BLOCK_ELEMENTS, _BLOCK_ROWS)
 
 
 def _scaled(values: Floats, exponent: int) -> Floats:

@@ -14,11 +14,12 @@ machine.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from .matrices import row_blocks
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -123,7 +124,9 @@ def spectrum_of(matrix: Float32, factors: Factors, count: int) -> Spectrum:
 
 def energy(matrix: Float32) -> float:
     """The squared Frobenius norm, summed in float64."""
-    return math.fsum(float(np.sum(np.square(matrix[rows], dtype=np.float64))) for rows in _row_blocks(matrix))
+    return math.fsum(
+        float(np.sum(np.square(matrix[rows], dtype=np.float64))) for rows in row_blocks(matrix.shape, _BLOCK_ELEMENTS)
+    )
 
 
 def residual_energy(matrix: Float32, factors: Factors) -> float:
@@ -132,7 +135,7 @@ def residual_energy(matrix: Float32, factors: Factors) -> float:
         return energy(matrix)
     return math.fsum(
         float(np.sum(np.square(matrix[rows] - factors.b[:, rows].T @ factors.a, dtype=np.float64)))
-        for rows in _row_blocks(matrix)
+        for rows in row_blocks(matrix.shape, _BLOCK_ELEMENTS)
     )
 
 
@@ -207,7 +210,7 @@ def _orthonormal(columns: Float32, resolution: float) -> Float32:
 def _gram(columns: Float32) -> Float64:
     """``columns.T @ columns`` in float64."""
     gram = np.zeros((columns.shape[1], columns.shape[1]))
-    for rows in _row_blocks(columns):
+    for rows in row_blocks(columns.shape, _BLOCK_ELEMENTS):
         block = columns[rows].astype(np.float64)
         gram += block.T @ block
     return gram
@@ -217,9 +220,3 @@ def _descending_eigen(symmetric: Float64) -> tuple[Float64, Float64]:
     """Eigenvalues, largest first, and their eigenvectors as columns."""
     values, vectors = np.linalg.eigh(symmetric)
     return values[::-1], vectors[:, ::-1]
-
-
-def _row_blocks(matrix: npt.NDArray[np.float32]) -> Iterator[slice]:
-    rows, columns = matrix.shape
-    step = max(1, _BLOCK_ELEMENTS // max(1, columns))
-    return (slice(start, start + step) for start in range(0, rows, step))

@@ -105,10 +105,15 @@ def evaluate(
     return Evaluation(perplexity, right, same if compared else None, kl if compared else None, count, seconds)
 
 
-def resident_bytes(model: nn.Module) -> int:
-    """Bytes in memory of a model's parameters and buffers; what several share counts once, and whole. What a lazy model
+def parameters(model: nn.Module) -> int:
+    """How many numbers the parameters of a model hold; what is tied or shared counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def resident_bytes(*models: nn.Module) -> int:
+    """Bytes in memory of models' parameters and buffers; what several share counts once, and whole. What a lazy model
     has not read is not in memory."""
-    tensors = (tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta)
+    tensors = (tensor for model in models for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta)
     storages = (tensor.untyped_storage() for tensor in tensors)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
