@@ -105,6 +105,17 @@ def dora() -> Kind:
     return Kind(base, merged, "patch(sum(scaled(ref, scale), lowrank), residual)", bound)
 
 
+def dora_in_fp32(change: float) -> Kind:
+    """m / |W + B A| (W + B A), as PEFT computes it: without a change of the magnitudes the norms are still divided by."""
+    base = normal(OUT, IN, dtype="F32")
+    tuned = base + update((OUT, IN), 8, 3)
+    magnitudes = np.linalg.norm(base, axis=1, keepdims=True) * (1 + change * normal(OUT, 1, dtype="F32", seed=3))
+    merged = (magnitudes / np.linalg.norm(tuned, axis=1, keepdims=True)) * tuned
+    rounded_twice = 2.5 * base.size / 8  # each time by up to half a last place, of one or two places at hand
+    bound = 2 * 4 * 8 * (OUT + IN) + 8 * OUT + rounded_twice + DIRECTORY
+    return Kind(base, merged, "patch(sum(scaled(ref, scale), lowrank), residual)", bound)
+
+
 def two_loras() -> Kind:
     base = normal(OUT, IN)
     merged = (wide(base) + update((OUT, IN), 8, 2) + update((OUT, IN), 4, 5, seed=2)).astype(base.dtype)
@@ -181,6 +192,8 @@ KINDS = {
     "rank 8, F32, large": lora(8, 1000, "F32"),
     "rank 32": lora(32, 3, shape=(576, 320)),
     "dora": dora(),
+    "dora, F32": dora_in_fp32(1),
+    "dora, F32, magnitudes as they were": dora_in_fp32(0),
     "two loras": two_loras(),
     "safely merged": safely_merged_lora(),
     "conv2d": lora_of_convolution(3, 3),

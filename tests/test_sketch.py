@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from deltafmt.dtypes import DTYPES, Bits, Dtype, round_to, widen
+from deltafmt.methods import merged
 from deltafmt.methods.merged import computed
 from deltafmt.methods.prediction import Computed, Elements, Prediction, Referred
 from deltafmt.methods.recovery import PART, promising
@@ -139,3 +140,28 @@ def test_small_patches_are_left_alone() -> None:
     target = added(base, low_rank(576, 576, 4, 0.3 * ULP["BF16"]))
     assert found(base, target, target.size * 0.41 / 8)
     assert not found(base, target, target.size * 0.39 / 8)
+
+
+@pytest.mark.parametrize("decay", ["all rows alike", "each row by itself"])
+@pytest.mark.parametrize("noise", [0.1, 2.0])
+def test_what_trains_all_weights_and_decays_them_is_not_fitted(
+    decay: str, noise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = based(768, 512)
+    rows = 0.998 if decay == "all rows alike" else 1 - 0.01 * np.random.default_rng(5).random((768, 1))
+    target = added(base, (rows - 1) * base + noise * ULP["BF16"] * gaussian(768, 512, seed=6))
+    fitted: list[Any] = []
+    monkeypatch.setattr(merged, "recover", lambda *each: fitted.append(each))
+    assert not found(base, target)
+    assert not fitted  # the look at a part has to tell: a fit of the whole takes minutes
+
+
+def test_rows_that_decayed_and_nothing_else_are_not_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = based(768, 512)
+    target = added(base, -0.01 * np.random.default_rng(5).random((768, 1)) * base)
+    fitted: list[Any] = []
+    monkeypatch.setattr(merged, "recover", lambda *each: fitted.append(each))
+    (prediction,) = found(base, target)
+    predicted, _ = prediction.predicted(0, target.size, BF16, None)
+    assert np.mean(predicted == target.reshape(-1)) > 0.99
+    assert not fitted

@@ -24,7 +24,9 @@ _PROBE = 64  # columns that tell whether a row needs a closer look
 _FIRST_PROBE = 8  # and that tell of most rows that they do not
 _ENOUGH = 1 / 16  # of the rows; a row that hardly changed may fit a number by chance
 _CHANCE = 4  # times as much as chance would explain
-_TURNS = 3
+_TURNS = 12
+_SETTLED = {4: 2.0**-18, 8: 2.0**-27}  # by the width of the arithmetic: a last step that no weight would show
+_SHARED = 1 / 16  # of the rows have a part in a component of a low-rank matrix; a third do in one of random factors
 _TYPICAL_RANK = 64
 _PART = 1 << 22  # elements of evenly spread rows tell the row space of a low-rank matrix, and
 _PART_ROWS = 4 * _TYPICAL_RANK  # so many rows at least
@@ -84,10 +86,11 @@ def _is_scaled(low: Float64, high: Float64) -> npt.NDArray[np.bool_]:
 def magnitudes(base: Matrix, changed: Matrix) -> Float64:
     """The number that each row of `base` was multiplied by before, or after, a low-rank matrix was added to it.
 
-    Least squares for the rows and what they leave in the leading row space of that, in turns.
+    Least squares for the rows and what they leave in the leading row space of that, in turns. A component that is of
+    few rows is what their numbers, yet wrong, leave of themselves: it would keep them from getting better.
 
     Args:
-        base, changed: `[rows, columns]`, finite.
+        base, changed: `[rows, columns]`, finite; float64 if the numbers are to be good for float32 weights.
 
     Returns:
         float64 `[rows]`.
@@ -98,10 +101,20 @@ def magnitudes(base: Matrix, changed: Matrix) -> Float64:
     own, shared, _ = row_products(base, changed)
     slopes = _share(shared, own)
     for _ in range(_TURNS):
+        last = slopes
         low = truncated_svd(np.asarray(part_change - slopes[some, None] * part, np.float32), _TYPICAL_RANK)
-        space = (low.a / np.linalg.norm(low.a, axis=1, keepdims=True)).T.astype(part.dtype)
+        a = low.a[_rows_within(low.b) > _SHARED * len(some)]
+        space = np.linalg.qr(a.T.astype(np.float64))[0].astype(part.dtype)  # small components are not orthogonal yet
         slopes = _share(shared - _products_within(space, base, changed, slopes), own)
+        if np.abs(slopes - last).max(initial=0) < _SETTLED[part.dtype.itemsize]:
+            break
     return 1 + slopes
+
+
+def _rows_within(b: Wide) -> Float64:
+    """Of each component of `b` [r, rows] about how many rows it is spread over (its participation ratio)."""
+    squares = np.square(b, dtype=np.float64)
+    return np.asarray(squares.sum(axis=1) ** 2 / np.square(squares).sum(axis=1))
 
 
 def have_magnitudes(base: Matrix, changed: Matrix) -> bool:

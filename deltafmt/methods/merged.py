@@ -23,7 +23,7 @@ from .matrices import Index, Matrix, Rows, Wide, WideRows, row_blocks
 from .prediction import Computed, Elements, Prediction, Referred
 from .recovery import PART, IntegerFactors, promising, recover
 from .rounded_fit import most_at_once
-from .sketch import leaves_noise, spread
+from .sketch import leaves_noise, remainder, spread
 
 _DTYPES = ("BF16", "F16", "F32")
 _SMALLEST = 4096  # elements; what could be saved on fewer is less than what says so
@@ -31,6 +31,7 @@ _MIXED = 1 << 18  # elements are enough to tell a mixture
 _ROWS = 256  # are enough to tell what kind of change it was
 _FEWEST_BITS = 0.4  # a changed weight, below which low rank has little to save
 _REPLACED = 10  # times as much as usual has a row changed, and more than it was, that was replaced: a new token's
+_CONCENTRATED = 0.01  # of a change is left by few components: low rank times magnitudes that follow it (DoRA)
 _HUGE = 2.0**40  # weights beyond: squares and sums of them might leave float32, and nothing comes of it
 _AT_ONCE = 3 << 22  # elements, of float32, that are fitted side by side; each takes some 20 bytes of memory
 
@@ -89,10 +90,12 @@ class _Search:
         scaled = are_rows_scaled(base, bits[some], tensor.dtype)
         grown = have_magnitudes(base, changed)
         low = 8 * self._stored > _FEWEST_BITS * len(rows) * bits.shape[1]
-        if low and grown:
-            low = leaves_noise(magnitudes(base, changed)[:, None] * base, bits[some], tensor.dtype)
-        elif low:
-            low = leaves_noise(base, bits[some], tensor.dtype) and self._is_promising(like_bits, bits, rows)
+        if low:
+            left = remainder(base, bits[some], tensor.dtype)
+            grown = grown or bool(not left.is_noise and left.share < _CONCENTRATED)
+            if grown:
+                left = remainder(magnitudes(base, changed)[:, None] * base, bits[some], tensor.dtype)
+            low = left.is_noise and self._is_promising(like_bits, bits, rows, grown)
         if not (scaled or low):
             return
         base_rows = self._base(like_bits, rows)
@@ -100,14 +103,16 @@ class _Search:
             return
         if scaled and (scales := row_scales(base_rows, Rows(bits, rows), tensor.dtype)) is not None:
             yield self._combined(self._spread_out(scales, rows, 1), None)
+            others = np.count_nonzero(scales == 1) / len(rows)
+            low = low and bool(8 * self._stored * others > _FEWEST_BITS * len(rows) * bits.shape[1])
         if low:
             with _ROOM.taken(most_at_once((len(rows), bits.shape[1]), self._wide)), alone():
                 found = self._low_rank(like_bits, bits, rows, grown)
             if found is not None:
                 yield found
 
-    def _is_promising(self, like_bits: Bits, bits: Bits, rows: Index) -> bool:
-        """Whether low rank explains how some of these rows changed in some columns."""
+    def _is_promising(self, like_bits: Bits, bits: Bits, rows: Index, grown: bool) -> bool:
+        """Whether low rank explains how some of these rows, or multiples of them, changed in some columns."""
         columns = spread(bits.shape[1], PART)
         part = np.ix_(rows[spread(len(rows), PART)], columns)
         base = widen(like_bits[part], self._bases[0].dtype, self._wide)
@@ -115,7 +120,10 @@ class _Search:
         if not _is_ordinary([base, changed]):
             return False
         kept = ~_are_replaced(base, changed)
-        return promising(base[kept], bits[part][kept], self._tensor.dtype, (len(rows), bits.shape[1]))
+        base, changed = base[kept], changed[kept]
+        if grown:
+            base *= magnitudes(base, changed).astype(self._wide)[:, None]
+        return promising(base, bits[part][kept], self._tensor.dtype, (len(rows), bits.shape[1]))
 
     def _low_rank(self, like_bits: Bits, bits: Bits, rows: Index, grown: bool) -> Prediction | None:
         """Low rank added to these rows but for those that were replaced; if they have `grown`, to multiples of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +27,22 @@ def spread(length: int, count: int) -> Index:
     return np.sort(random.permutation(length)[:count])
 
 
+class Remainder(NamedTuple):
+    """What the larger half of the components of a difference leaves."""
+
+    is_noise: bool
+    """Whether it is no more than rounding leaves."""
+    share: float
+    """Of the energy of the difference."""
+
+
 def leaves_noise(base: Matrix, bits: Matrix, dtype: Dtype) -> bool:
-    """Whether few components of the difference leave no more than rounding does.
+    """Whether few components of the difference leave no more than rounding does; see `remainder`."""
+    return remainder(base, bits, dtype).is_noise
+
+
+def remainder(base: Matrix, bits: Matrix, dtype: Dtype) -> Remainder:
+    """What few components of the difference leave, judged by a part of it.
 
     The squared singular values of rounding noise add up to its energy; with the larger half of the components taken
     away, at most a quarter of it is left. A difference of full rank, as training all weights makes, leaves more: of one
@@ -45,12 +60,14 @@ def leaves_noise(base: Matrix, bits: Matrix, dtype: Dtype) -> bool:
     ulps = np.ldexp(1.0, np.frexp(stored)[1] - 1 - dtype.mantissa_bits)
     noise = float(np.sum(np.square(ulps))) / 12 + _PRODUCT * total
     if not np.isfinite(total):
-        return False
+        return Remainder(False, 1.0)
     if total <= noise:
-        return total > 0  # weights that start on the grid do not move at all if they move by less than half a step
+        return Remainder(
+            total > 0, 1.0
+        )  # weights that start on the grid do not move at all if they move by less than half a step
     short = difference if difference.shape[0] <= difference.shape[1] else difference.T
     with alone():
         energies = np.linalg.eigvalsh(short @ short.T)  # ascending
     kept = len(energies) - len(energies) // _COMPONENTS
     left = float(energies[:kept].sum())
-    return left <= _TOLERANCE * noise * (1 - 1 / _COMPONENTS) ** 2
+    return Remainder(left <= _TOLERANCE * noise * (1 - 1 / _COMPONENTS) ** 2, left / total)
