@@ -106,7 +106,7 @@ def dora() -> Kind:
 
 
 def dora_in_fp32(change: float) -> Kind:
-    """m / |W + B A| (W + B A), as PEFT computes it: without a change of the magnitudes the norms are still divided by."""
+    """m / |W + B A| (W + B A), as PEFT computes it: where m did not change, the norms are divided by all the same."""
     base = normal(OUT, IN, dtype="F32")
     tuned = base + update((OUT, IN), 8, 3)
     magnitudes = np.linalg.norm(base, axis=1, keepdims=True) * (1 + change * normal(OUT, 1, dtype="F32", seed=3))
@@ -176,6 +176,14 @@ def lora_narrowed() -> Kind:
     return Kind(base, merged, "patch(sum(ref, lowrank), residual)", factored((OUT, IN), 8))
 
 
+def lora_rounded_first(dtype: str) -> Kind:
+    """The base was loaded in 16 bits, as training does, and merged then; the base that is published has more."""
+    base = normal(OUT, IN, dtype=dtype, seed=9 if dtype == "F16" else 10)
+    merged = (wide(base.astype(NUMPY["BF16"])) + update((OUT, IN), 8, 3)).astype(NUMPY["BF16"])
+    recipe = "patch(sum(patch(ref, rounded), lowrank), residual)"
+    return Kind(base, merged, recipe, factored((OUT, IN), 8) + DIRECTORY)
+
+
 def fully_tuned(deviation: float, dtype: str = "BF16") -> Kind:
     base = normal(OUT, IN, dtype=dtype)
     tuned = (wide(base) + normal(OUT, IN, dtype="F32", deviation=deviation, seed=6)).astype(base.dtype)
@@ -207,6 +215,8 @@ KINDS = {
     "narrowed": narrowed(1e-4),
     "lora, widened": lora_widened(),
     "lora, narrowed": lora_narrowed(),
+    "lora, rounded first": lora_rounded_first("F32"),
+    "lora, rounded from F16": lora_rounded_first("F16"),
     "full, small": fully_tuned(1e-4),
     "full, large": fully_tuned(1e-3),
     "full, F32": fully_tuned(1e-5, "F32"),

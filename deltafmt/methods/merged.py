@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..dtypes import DTYPES, Bits, Shape, widen
+from ..dtypes import DTYPES, Bits, Dtype, Shape, widen
 from ..gemm import alone
 from ..limits import SUM_TERMS
-from ..operators import Lowrank, Operator, Scaled, Sum, Target
+from ..operators import Lowrank, Operator, Patch, Scaled, Sum, Target
+from ..operators.patch import cast
 from .affine import are_rows_scaled, have_magnitudes, magnitudes, mixture, row_products, row_scales
 from .matrices import Index, Matrix, Rows, Wide, WideRows, row_blocks
 from .prediction import Computed, Elements, Prediction, Referred
@@ -61,6 +62,7 @@ class _Search:
     def __init__(self, name: str, tensor: Elements, bases: Sequence[Referred], stored: float) -> None:
         self._name, self._tensor, self._bases, self._stored = name, tensor, bases, stored
         self._wide = np.dtype("f8" if tensor.dtype.name == "F32" else "f4")
+        self._like = Elements(bases[0].dtype, tensor.shape, bases[0].bits)  # the closest; rounded, if it was before
 
     def mixture(self) -> Prediction | None:
         """The best mixture of all bases."""
@@ -79,7 +81,7 @@ class _Search:
 
     def of_closest(self) -> Iterator[Prediction]:
         """Rows of the closest base scaled, low rank added to it, or both. Rows that nothing changed are left out."""
-        tensor, like = self._tensor, self._bases[0]
+        tensor, like = self._tensor, self._like
         bits, like_bits = tensor.bits.reshape(tensor.shape[0], -1), like.bits.reshape(tensor.shape[0], -1)
         rows = _differing(bits, like_bits) if like.dtype == tensor.dtype else np.arange(len(bits))
         some = rows[spread(len(rows), _ROWS)]
@@ -87,6 +89,14 @@ class _Search:
         changed = widen(bits[some], tensor.dtype, self._wide)
         if not _is_ordinary([base, changed]):
             return
+        if like.dtype.mantissa_bits > tensor.dtype.mantissa_bits:  # it may have been rounded before it was added to
+            short = widen(_rounded(like_bits[some], like.dtype, tensor.dtype), tensor.dtype, self._wide)
+            shares = [remainder(each, bits[some], tensor.dtype).share for each in (short, base)]
+            if shares[0] < shares[1]:
+                rounded = _rounded(like_bits, like.dtype, tensor.dtype).reshape(-1)
+                self._like = Elements(tensor.dtype, tensor.shape, rounded)
+                yield from self.of_closest()
+                return
         scaled = are_rows_scaled(base, bits[some], tensor.dtype)
         grown = have_magnitudes(base, changed)
         low = 8 * self._stored > _FEWEST_BITS * len(rows) * bits.shape[1]
@@ -115,7 +125,7 @@ class _Search:
         """Whether low rank explains how some of these rows, or multiples of them, changed in some columns."""
         columns = spread(bits.shape[1], PART)
         part = np.ix_(rows[spread(len(rows), PART)], columns)
-        base = widen(like_bits[part], self._bases[0].dtype, self._wide)
+        base = widen(like_bits[part], self._like.dtype, self._wide)
         changed = widen(bits[part], self._tensor.dtype, self._wide)
         if not _is_ordinary([base, changed]):
             return False
@@ -146,7 +156,7 @@ class _Search:
         return self._combined(scales, IntegerFactors(b, factors.a, factors.exponent))
 
     def _base(self, like_bits: Bits, rows: Index, scales: Wide | None = None) -> WideRows:
-        return WideRows(like_bits, rows, self._bases[0].dtype, self._wide, scales)
+        return WideRows(like_bits, rows, self._like.dtype, self._wide, scales)
 
     def _spread_out(self, values: Any, rows: Index, others: float) -> Any:
         """`values` of some rows as those of all, with the same for all others."""
@@ -158,6 +168,8 @@ class _Search:
         ref = self._bases[0].ref
         arrays: dict[str, Elements] = {}
         accumulator = self._wide
+        if rounded := self._like.dtype != self._bases[0].dtype:
+            arrays["rounded"] = _zeros(self._tensor)
         if scales is not None:
             arrays["scale"] = self._floats(scales, scales.shape)
         if factors is not None:
@@ -165,7 +177,8 @@ class _Search:
             accumulator = np.promote_types(accumulator, factors.accumulator)
 
         def recipe(nodes: Mapping[str, Operator]) -> Operator:
-            scaled = Scaled(ref, nodes["scale"]) if "scale" in nodes else ref
+            like = Patch(ref, nodes["rounded"]) if rounded else ref
+            scaled = Scaled(like, nodes["scale"]) if "scale" in nodes else like
             if factors is None:
                 return scaled
             return Sum((scaled, Lowrank(nodes["lora_a"], nodes["lora_b"], 2.0**factors.exponent)))
@@ -181,6 +194,19 @@ class _Search:
         target = Target(self._name, self._tensor.dtype, self._tensor.shape, accumulator)
         tensors = {base.ref: Elements(base.dtype, self._tensor.shape, base.bits) for base in self._bases}
         return Computed(target, tensors, arrays, recipe)
+
+
+def _rounded(bits: Bits, dtype: Dtype, target: Dtype) -> Bits:
+    """A matrix in another dtype."""
+    rounded = np.empty(bits.shape, target.bits)
+    for rows in row_blocks(bits.shape):
+        rounded[rows] = cast(bits[rows].reshape(-1), dtype, target).reshape(-1, bits.shape[1])
+    return rounded
+
+
+def _zeros(tensor: Elements) -> Elements:
+    """A residual that changes nothing: a patch with it rounds its prediction to the tensor's dtype."""
+    return Elements(DTYPES[f"U{8 * tensor.dtype.width}"], tensor.shape, np.zeros_like(tensor.bits))
 
 
 def _integers(values: Any) -> Elements:
