@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deltafmt
-from deltafmt import MalformedError, native
+from deltafmt import MalformedError
 from deltafmt.dtypes import DTYPES
+from deltafmt.gemm import OntoBf16, Product, Wide
 from deltafmt.manifest_parser import parse_manifest
-from deltafmt.operators import Facts, Lowrank, Operator, Rows, Scaled, Stored, Sum, Target
-from deltafmt.operators.base import Read
-from deltafmt.rebuild import Rebuilder
+from deltafmt.operators import Lowrank, Operator, Rows, Scaled, Stored, Sum
 from deltafmt.scope import ManifestScope
 from deltafmt.sources import open_archive
+from exact_factors import MOST, at_the_bound, by_torch
 from hostile import (
     MANIFEST,
     ZEROS,
@@ -47,98 +41,10 @@ from hostile import (
     sum_of,
     write_checkpoint,
 )
+from in_memory import KINDS, NUMPY, WAYS, Array, every_way, rebuilder, subject_of
 from refusal import refused
 
-Array = npt.NDArray[Any]
-NUMPY: dict[str, npt.DTypeLike] = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16,
-    "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "U8": "u1",
-}  # fmt: skip
 NAN = {"F64": 0x7FF8 << 48, "F32": 0x7FC00000, "F16": 0x7E00, "BF16": 0x7FC0}
-MOST = {"F32": 2**24, "F64": 2**53}
-
-
-# --- Recipes bound to arrays in memory ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Stored arrays by name, with their dtypes."""
-
-    arrays: dict[str, tuple[str, Array]]
-
-    def array(self, name: str) -> Facts | None:
-        dtype, array = self.arrays[name]
-        return Facts(DTYPES[dtype], array.shape, exact=True)
-
-    def tensor(self, name: str) -> Facts | None:
-        return None
-
-    def base_tensor(self, base: str, name: str) -> Facts | None:
-        return None
-
-    def array_reader(self, name: str) -> Read:
-        dtype, array = self.arrays[name]
-        bits = np.ascontiguousarray(array).reshape(-1).view(DTYPES[dtype].bits)
-        return lambda lo, hi, out: np.copyto(out, bits[lo:hi])
-
-    def tensor_reader(self, name: str) -> Read:
-        raise KeyError(name)
-
-    def base_reader(self, base: str, name: str) -> Read:
-        raise KeyError(base)
-
-
-class Subject(Rebuilder):
-    """A rebuilder that can be made again: what it reads of factors depends on who multiplies them."""
-
-    def __init__(self, recipe: Operator, memory: Memory, target: Target) -> None:
-        super().__init__(recipe, memory, memory, target)
-        self._made_of = recipe, memory, target
-
-    def again(self) -> Subject:
-        """Another like it."""
-        return Subject(*self._made_of)
-
-
-def rebuilder(
-    recipe: Operator, arrays: dict[str, tuple[str, Array]], dtype: str, shape: tuple[int, ...], wide: str = "F32"
-) -> Subject:
-    memory = Memory(arrays)
-    target = Target("x", DTYPES[dtype], shape, np.dtype(NUMPY[wide]))
-    facts = recipe.infer(memory, target, "/x")
-    assert facts.exact
-    assert facts.shape == shape
-    return Subject(recipe, memory, target)
-
-
-@contextmanager
-def computed_by(way: str) -> Iterator[None]:
-    """The kernels, which are built where these tests run, or numpy."""
-    assert native.available()
-    with pytest.MonkeyPatch.context() as patching:
-        if way == "numpy":
-            patching.setattr(native, "LIBRARY", None)
-        yield
-
-
-def every_way(subject: Subject, cuts: tuple[int, ...] = ()) -> Array:
-    """The bits, which the reference and every other way of computing them agree on."""
-    count = math.prod(subject.target.shape)
-    expected = subject.reference(0, count)
-    edges = [0, *sorted(min(cut, count) for cut in cuts), count]
-    for way in ("kernels", "numpy"):
-        with computed_by(way):
-            subject = subject.again()
-            bits = np.empty(count, subject.dtype.bits)
-            subject.read(0, count, bits)
-            assert np.array_equal(bits, expected), way
-            for lo, hi in pairwise(edges):
-                part = np.empty(hi - lo, subject.dtype.bits)
-                subject.read(lo, hi, part)
-                assert np.array_equal(part, expected[lo:hi]), (way, lo, hi)
-                assert np.array_equal(subject.reference(lo, hi), expected[lo:hi])
-    return expected
 
 
 def bits_of(values: Array, dtype: str) -> Array:
@@ -337,58 +243,62 @@ def test_blocks_and_chunks_of_a_large_tensor() -> None:
     assert np.array_equal(found, bits_of(values, "BF16"))
 
 
-def integer_factors() -> tuple[Array, Array, Array]:
-    """Factors of which some products need every bit of float32, and their product, by integers."""
-    rng = np.random.default_rng(1)
-    a, b = (rng.integers(-most, most + 1, (4, size), np.int16) for most, size in ((4000, 400), (1000, 300)))
-    return a, b, b.astype(np.int64).T @ a.astype(np.int64)
+# --- Who multiplies -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_torch_multiplies_to_the_same(threads: int) -> None:
-    """Integer factors are exact in any product that keeps float32 as it is: that is what they are for."""
-    a, b, product = integer_factors()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = torch.from_numpy(b.astype(np.float32)).T @ torch.from_numpy(a.astype(np.float32))
-    finally:
-        torch.set_num_threads(before)
-    recipe = Lowrank(Stored("a"), Stored("b"))
-    ours = every_way(rebuilder(recipe, {"a": ("I16", a), "b": ("I16", b)}, "F32", product.shape))
-    assert np.array_equal(found.numpy(), product)
-    assert np.array_equal(ours.view(np.float32).reshape(product.shape), product)
+@pytest.mark.parametrize(("factors", "base", "dtype", "wide"), KINDS)
+@pytest.mark.parametrize("rank", [1, 7, 64])
+def test_torch_computes_the_same(factors: str, base: str, dtype: str, wide: str, rank: int) -> None:
+    """Factors at the bound: product, addition and rounding by torch, with one thread and two, whole and in rows."""
+    exact = at_the_bound(rank, (200, 300), wide, base, seed=rank)
+    ours = every_way(subject_of(exact, factors, base, dtype), (1, 40_001)).reshape(exact.base.shape)
+    for threads in (1, 2):
+        for rows in (None, 1, 37):
+            assert np.array_equal(by_torch(exact, dtype, rows=rows, threads=threads), ours), (threads, rows)
 
 
-def _truncated(operand: torch.Tensor) -> torch.Tensor:
-    """float32 as TF32: 10 bits behind the point, rounded to nearest, ties to even."""
-    bits = operand.contiguous().view(torch.int32)
-    half = 0xFFF + ((bits >> 13) & 1)
-    return ((bits + half) & ~0x1FFF).view(torch.float32)
+def shortened(operand: Array, bits: int) -> Array:
+    """Floats with so many bits behind the point, rounded to nearest, ties to even."""
+    mantissa, exponent = np.frexp(operand)
+    rounded: Array = np.ldexp(np.rint(np.ldexp(mantissa, bits + 1)), exponent - bits - 1).astype(operand.dtype)
+    return rounded
 
 
-def _medium() -> None:
-    torch.set_float32_matmul_precision("medium")
+def short_product(bits: int) -> type[Product]:
+    """A product that rounds its operands first, as TF32 (10 bits behind the point), bf16 (7) and float32 (23) do.
+
+    The reference has them whole.
+    """
+
+    class Short(Product):
+        def __init__(self, a: Wide, b: Wide) -> None:
+            super().__init__(a, b)
+            self._short = Product(shortened(a, bits), shortened(b, bits))
+
+        def add(self, into: Wide, top: int, left: int, first: bool) -> None:
+            self._short.add(into, top, left, first)
+
+        def onto_bf16(self, top: int, rows: int) -> OntoBf16 | None:
+            return self._short.onto_bf16(top, rows)
+
+    return Short
 
 
-def _by_backend() -> None:
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("shorten", [_medium, _by_backend])
-def test_a_mode_that_shortens_operands_changes_nothing(shorten: Callable[[], None]) -> None:
-    """TF32 (here simulated) would give other bits, so whoever rebuilds with it switched on fails here."""
-    a, b, product = integer_factors()
-    left, right = torch.from_numpy(b.astype(np.float32)), torch.from_numpy(a.astype(np.float32))
-    assert not np.array_equal((_truncated(left).T @ _truncated(right)).numpy(), product)
-    subject = rebuilder(Lowrank(Stored("a"), Stored("b")), {"a": ("I16", a), "b": ("I16", b)}, "F32", product.shape)
-    found = np.empty(product.size, np.uint32)
-    shorten()
-    try:
-        subject.read(0, found.size, found)
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert np.array_equal(found.view(np.float32).reshape(product.shape), product)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("factors", "base", "dtype", "wide"), KINDS)
+def test_a_product_that_shortens_its_operands_is_found_out(
+    way: str, factors: str, base: str, dtype: str, wide: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever switches TF32 on, or another such mode, fails the check of all tests here. With no bit less it passes."""
+    exact = at_the_bound(4, wide=wide, base=base)
+    subject = subject_of(exact, factors, base, dtype)
+    whole = 23 if wide == "F32" else 52
+    monkeypatch.setattr(deltafmt.operators.lowrank, "Product", short_product(whole))
+    assert np.array_equal(every_way(subject.again(), ways=[way]).reshape(exact.base.shape), by_torch(exact, dtype))
+    for bits in (10, 7) if wide == "F32" else (23, 10, 7):
+        monkeypatch.setattr(deltafmt.operators.lowrank, "Product", short_product(bits))
+        with pytest.raises(AssertionError, match=way):
+            every_way(subject.again(), ways=[way])
 
 
 # --- Sums, scaled, NaN ----------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ import merges
 import patch_codec
 import synthetic
 import train_lora
-from delta_peers import PEERS, THREADS, WEIGHTS, Measured, Pair
+from delta_peers import PEERS, THREADS, TUNED_PEERS, WEIGHTS, Measured, Pair
 from measure import Cell, Report, Timed, in_turns
 from plain_checkpoint import FLOATS, NUMPY, read_checkpoint, write_checkpoint
 
@@ -101,7 +101,7 @@ def measure(pair: Pair, work: Path, bases: Sequence[Path] = ()) -> Ours:
 
 def row(pair: Pair, work: Path, speeds: Speeds, bases: Sequence[Path] = ()) -> dict[str, Cell]:
     """deltafmt and its peers on one pair: stored bits per weight of the file."""
-    weights = sum(int(np.prod(tensor.shape)) for tensor in read_checkpoint(pair.model))
+    weights = weights_of(pair.model)
     ours = measure(pair, work, bases)
     speeds.add("deltafmt", pair, ours.measured)
     cells: dict[str, Cell] = {
@@ -118,6 +118,11 @@ def row(pair: Pair, work: Path, speeds: Speeds, bases: Sequence[Path] = ()) -> d
         speeds.add(name, pair, measured)
         cells[name] = 8 * measured.stored / weights
     return cells
+
+
+def weights_of(checkpoint: Path) -> int:
+    """How many."""
+    return sum(int(np.prod(tensor.shape)) for tensor in read_checkpoint(checkpoint))
 
 
 def sha256(path: Path) -> str:
@@ -153,7 +158,7 @@ def synthetic_merges(report: Report, work: Path, quick: bool, speeds: Speeds) ->
         for rank, ulps in cases:
             model = merges.merged_lora(base, work / "merged", rank, ulps)
             truth = sum(16 * rank * sum(tensor.shape) for tensor in read_checkpoint(base))
-            weights = sum(int(np.prod(tensor.shape)) for tensor in read_checkpoint(base))
+            weights = weights_of(base)
             cells = row(Pair(model, base, "BF16"), work, speeds)
             rows.append({"rank": rank, "ulps": ulps, "bf16 factors": truth / weights, **cells})
             shutil.rmtree(model)
@@ -196,7 +201,15 @@ def full_fine_tunes(report: Report, work: Path, quick: bool, speeds: Speeds) -> 
     for deviation in (1e-3,) if quick else (1e-2, 1e-3, 1e-4):
         model = merges.fine_tuned(base16, work / f"noise-{deviation:g}", deviation)
         cases[f"noise of {deviation:g}, bf16"] = Pair(model, base16, "BF16")
-    report.table("Full fine-tunes", [{"fine-tune": title, **row(pair, work, speeds)} for title, pair in cases.items()])
+    rows: list[dict[str, Cell]] = []
+    for title, pair in cases.items():
+        cells = row(pair, work, speeds)
+        for name, peer in TUNED_PEERS.items():
+            measured = peer.measure(pair, work / "peer")
+            cells[name] = 8 * measured.stored / weights_of(pair.model)
+            cells |= {f"{name} pack, s": measured.pack_seconds, f"{name} unpack, s": measured.unpack_seconds}
+        rows.append({"fine-tune": title, **cells})
+    report.table("Full fine-tunes", rows, "" if TUNED_PEERS else "Without z4ai, which is not installed.")
 
 
 def codec(report: Report, work: Path, quick: bool, repeats: int) -> None:

@@ -1,6 +1,6 @@
 """What can only be seen on a GPU: that numbers are the same there, that models fill it, and how fast fused layers are.
 
-- exact: products of integer factors on the device, in full precision and with TF32 (which must give others);
+- exact: sums of a base and integer factors on the device, in full precision and with TF32 (which must give others);
 - load: a model of shared layers (random, Llama-shaped) dense, fused and lazy: weights and logits compared, memory;
 - swap: two fine-tunes of one base, in place and in one batch;
 - forward: fused beside dense, one token for each of 1 and 64 sequences, as it is and compiled.
@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import deltafmt
 import deltafmt.torch
 import merges
+from exact_factors import at_the_bound, by_torch
 from measure import Cell, Report
 
 RANK = 64
@@ -48,25 +49,26 @@ class Findings:
 
 
 def exact(report: Report, findings: Findings, device: torch.device, side: int) -> None:
-    """Integer factors whose sums need every bit of float32, multiplied on the device."""
-    rng = np.random.default_rng(0)
+    """Base and integer factors whose products need every bit of float32, added up on the device."""
     rows: list[dict[str, Cell]] = []
-    for rank in (4, 16, 64):
-        most = int(np.sqrt((1 << 24) // rank))
-        a, b = (rng.integers(-most, most + 1, (rank, side)) for _ in range(2))
-        product = b.T.astype(np.float64) @ a.astype(np.float64)  # every sum is an integer below 2^24: exact
-        on_device = [torch.from_numpy(each.astype(np.float32)).to(device) for each in (b, a)]
+    for rank in (16, 64, 256):
+        case = at_the_bound(rank, (side, side))
+        delta = (case.b.T.astype(np.float64) @ case.a.astype(np.float64)) * 2.0**case.exponent
+        # In float64 nothing has been rounded yet: products are integers up to 2^24, and the base is near them.
+        expected = (case.base.astype(np.float64) + delta).astype(np.float32).view(np.uint32)
         found = {}
         for precision in ("highest", "high"):
             torch.set_float32_matmul_precision(precision)
-            found[precision] = (on_device[0].T @ on_device[1]).cpu().numpy()
+            found[precision] = by_torch(case, "F32", device)
         torch.set_float32_matmul_precision("highest")
-        same = findings.expect(f"exact product, rank {rank}", np.array_equal(found["highest"], product))
+        same = findings.expect(f"exact sums, rank {rank}", np.array_equal(found["highest"], expected))
         # The check can fail: with TF32, where there is such a thing, the numbers are others.
-        other = int(np.count_nonzero(found["high"] != product))
+        other = int(np.count_nonzero(found["high"] != expected))
         if device.type == "cuda":
-            findings.expect(f"TF32 is another product, rank {rank}", other > 0)
-        rows.append({"rank": rank, "full precision": same, "elements that TF32 changes": f"{other / product.size:.1%}"})
+            findings.expect(f"TF32 gives other sums, rank {rank}", other > 0)
+        rows.append(
+            {"rank": rank, "full precision": same, "elements that TF32 changes": f"{other / expected.size:.1%}"}
+        )
     report.table(f"Integer factors, {side} x {side}, on {device}", rows)
 
 

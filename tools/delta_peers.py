@@ -6,6 +6,7 @@ get the base's tensors laid out like the fine-tune's; making that layout is part
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -198,3 +199,26 @@ PEERS = {
     "lmz": Peer(_lmz_pack, _lmz_unpack, _lmz_prepare),
 }
 """By name. lmz is installed as `lmzip`."""
+
+
+def _z4ai() -> dict[str, Peer]:
+    """z4ai, where it is installed: there is no wheel of it."""
+    if importlib.util.find_spec("z4ai") is None:
+        return {}
+    from z4ai import model_delta, rans
+
+    def prepare(pair: Pair, work: Path) -> None:
+        rans.available()  # compiles its entropy coder, the first time
+
+    def pack(pair: Pair, work: Path) -> int:
+        model_delta.compress_file(pair.model / WEIGHTS, pair.base / WEIGHTS, work / "packed", threads=THREADS)
+        return (work / "packed").stat().st_size
+
+    def unpack(pair: Pair, work: Path, target: Path) -> None:
+        model_delta.decompress_file(work / "packed", pair.base / WEIGHTS, target)
+
+    return {"z4ai": Peer(pack, unpack, prepare)}
+
+
+TUNED_PEERS = _z4ai()
+"""More, for full fine-tunes only: packing is slow."""
