@@ -80,7 +80,7 @@ def dtype(name: object, where: str = "") -> Dtype:
         raise UnsupportedError(
             f"unknown dtype {name!r}",
             where=where,
-            hint=f"This version knows {', '.join(DTYPES)}",
+            hint=f"This version knows {', '.join(DTYPES)}. {UnsupportedError.next_step}",
             reason="dtype",
         )
     return found

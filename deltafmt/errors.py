@@ -26,11 +26,12 @@ class DeltafmtError(Exception):
         what: what was found, in a sentence without a full stop.
         where: the archive, file, tensor or JSON pointer it was found in.
         expected, found: the two values that differ, if any.
-        hint: the next step for the user.
+        hint: the next step for the user; by default, that of the class.
         reason: a code of `spec/reasons.md`, for errors that a file can cause.
     """
 
     exit_code: ClassVar[int] = 1
+    next_step: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class DeltafmtError(Exception):
         self.where = where
         self.expected = None if expected is None else str(expected)
         self.found = None if found is None else str(found)
-        self.hint = hint
+        self.hint = hint or self.next_step
         self.reason = reason
 
     def __str__(self) -> str:
@@ -74,14 +75,16 @@ def _rebuild(kind: type[DeltafmtError], what: str, state: dict[str, Any]) -> Del
 
 class AccessError(DeltafmtError):
     exit_code = 1
+    next_step = "Check the path, its permissions and the device behind it"
 
 
 class UsageError(DeltafmtError):
     exit_code = 2
+    next_step = "Change what was asked for: --help, or help() in Python, says what is possible"
 
 
 class DestinationError(UsageError):
-    pass
+    next_step = "Choose another destination"
 
 
 class MissingExtraError(UsageError):
@@ -97,15 +100,19 @@ class RefusedError(UsageError):
 
 class MalformedError(DeltafmtError):
     exit_code = 3
+    next_step = "The file is damaged or was written wrongly: get it again, or tell whoever wrote it"
 
 
 class UnsupportedError(DeltafmtError):
     exit_code = 4
+    next_step = "A newer deltafmt may know it: pip install --upgrade deltafmt"
 
 
 class IntegrityError(DeltafmtError):
     exit_code = 5
+    next_step = "Get the file again from where it came from"
 
 
 class WrongBaseError(DeltafmtError):
     exit_code = 6
+    next_step = "Pass the base that the archive was packed against: --base (base= in Python)"

@@ -328,7 +328,8 @@ def _loaded(subject: _Subject, device: str, dtype: str | None) -> Any:
         )
         if info["missing_keys"]:
             name = escaped(min(info["missing_keys"]))
-            raise UsageError("the checkpoint lacks weights that the model needs", where=subject.name, found=name)
+            what = "the checkpoint lacks weights that the model needs"
+            raise UsageError(what, where=subject.name, found=name, hint="Name a complete one, or get this one again")
         return model.to(device).eval()
 
 

@@ -68,7 +68,6 @@ def _unfit(archive: Archive, file: str, what: str) -> MalformedError:
     return MalformedError(
         f"{file}: {what}",
         where=archive.location,
-        hint="The archive is damaged or was not written by deltafmt",
         reason="checkpoint",
     )
 

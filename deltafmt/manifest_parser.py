@@ -114,7 +114,7 @@ def _check_version(document: dict[str, Any], where: str) -> None:
             where=where,
             expected=f"{MAJOR}.x",
             found=version,
-            hint="Upgrade with: pip install --upgrade deltafmt" if int(match[1]) > MAJOR else "",
+            hint="Upgrade with: pip install --upgrade deltafmt" if int(match[1]) > MAJOR else "Have it packed again",
             reason="version",
         )
     requires = document.get("requires")

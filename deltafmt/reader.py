@@ -5,6 +5,7 @@ What can be checked without tensor bytes is checked when it is opened; chunks ar
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -28,6 +29,8 @@ from .shards import ArrayReader, ShardReader
 from .strictjson import parse
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
+_STAGED = re.compile(r"\..*\.deltafmt-[0-9a-f]{12}", re.DOTALL)
+"""What `durable.Staging` calls a directory until it is complete."""
 
 
 def is_archive(path: Path) -> bool:
@@ -68,10 +71,15 @@ def _what_it_is(path: Path) -> tuple[str, str]:
         return f"'{path}' is one shard of an archive, and not all of it", directory
     names = [path.name]
     if path.is_dir():
+        if _STAGED.fullmatch(path.name):
+            return f"'{path}' is what an interrupted pack or unpack left behind", "Remove it, and run that again"
         with suppress(OSError):
             names = [file.name for file in path.iterdir()]
+    if not names:
+        return f"'{path}' is empty (an interrupted pack?): there is no {MANIFEST}", f"Pack again. {directory}"
     if any(map(is_shard_name, names)):
-        return f"no {MANIFEST} in '{path}', but shards of an archive", "Pack or download it again: it is incomplete"
+        what = f"no {MANIFEST} in '{path}', but shards of an archive (an interrupted pack?)"
+        return what, "Pack or download it again: it is incomplete"
     if any(name.endswith(_WEIGHTS) for name in names):
         kind = "weight file" if path.is_file() else "checkpoint"
         return f"'{path}' is a plain {kind} and no archive", "To make one of it: deltafmt pack SRC DST"
@@ -143,7 +151,13 @@ class Archive(Checkpoint):
             path, sidecars = self.path / shard.name, None
             if self.single_file:
                 path, sidecars = self.path, self.manifest.sidecars
-            self._shards.append(ShardReader(path, shard, arrays, self.limits, sidecars))
+            try:
+                self._shards.append(ShardReader(path, shard, arrays, self.limits, sidecars))
+            except IntegrityError as error:
+                if error.reason in ("shard-missing", "shard-size"):
+                    count = len(self.scope.tensors_of(arrays))
+                    error.hint = f"Tensors that need it: {count} of {len(self.tensors)}. {error.hint}"
+                raise
 
     def _check_sidecars(self) -> None:
         if self.single_file:  # its shard has checked them
@@ -201,9 +215,9 @@ class Archive(Checkpoint):
         Raises `UsageError` for an unknown name, `WrongBaseError` if a base is needed and missing or another.
         """
         self._check_open()
-        tensor = self.manifest.tensors.get(name)
-        if tensor is None:
-            raise UsageError(f"there is no tensor '{escaped(name)}'", where=self.location, hint="keys() lists them")
+        if not isinstance(name, str) or name not in self.manifest.tensors:
+            raise UsageError(f"there is no tensor {escaped(repr(name))}", where=self.location, hint="keys() lists them")
+        tensor = self.manifest.tensors[name]
         return Rebuilder(tensor.recipe, self, self.scope, self.scope.target(name))
 
     def array_reader(self, name: str) -> ArrayReader:
@@ -316,13 +330,13 @@ class VerifiedBase:
                 raise self._mismatch(tensor, facts[0] or "no such tensor", facts[1] or "no such tensor")
 
     def _mismatch(self, tensor: str, needed: str, found: str) -> WrongBaseError:
-        repo = f" The archive was packed against '{self._expected.repo}'." if self._expected.repo else ""
+        repo = f" '{self._expected.repo}'," if self._expected.repo else ""
         return WrongBaseError(
             f"'{self._checkpoint.location}' is not its base: the first tensor that differs is '{escaped(tensor)}'",
             where=self._archive,
             expected=needed,
             found=found,
-            hint=f"Base digest needed: {self._expected.digest}.{repo}",
+            hint=f"Pass the one that it was packed against:{repo} base digest {self._expected.digest}",
             reason="base-mismatch",
         )
 

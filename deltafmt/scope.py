@@ -5,6 +5,7 @@ Operands exist and fit, references end, nothing is left over.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -75,6 +76,22 @@ class ManifestScope:
             if isinstance(node, Ref):
                 needed |= self.bases_needed(node.tensor) if node.base is None else {node.base}
         return needed
+
+    def tensors_of(self, arrays: Collection[str]) -> set[str]:
+        """The tensors that are made of any of these stored arrays, directly or through other tensors."""
+        known: dict[str, bool] = {}
+
+        def reaches(name: str) -> bool:
+            if name not in known:
+                known[name] = any(map(leads, self._manifest.tensors[name].recipe.walk()))
+            return known[name]
+
+        def leads(node: Operator) -> bool:
+            if isinstance(node, Stored):
+                return node.array in arrays
+            return isinstance(node, Ref) and node.base is None and reaches(node.tensor)
+
+        return set(filter(reaches, self._manifest.tensors))
 
     def _leaf(self, node: Operator) -> Facts | None:
         if isinstance(node, Stored):

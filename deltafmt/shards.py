@@ -55,14 +55,13 @@ class ShardReader:
         self.path = path
         self._arrays = arrays
         self._sidecars = sidecars or {}
-        needed = f"{len(arrays)} stored arrays need it. {_AGAIN}"
         found = self.path.stat().st_size if self.path.is_file() else None
         if found is None:
             raise IntegrityError(
                 "the shard is missing",
                 where=str(self.path),
                 expected=f"{shard.size} bytes",
-                hint=needed,
+                hint=_AGAIN,
                 reason="shard-missing",
             )
         if found != shard.size:
@@ -71,7 +70,7 @@ class ShardReader:
                 where=str(self.path),
                 expected=f"{shard.size} bytes",
                 found=f"{found} bytes",
-                hint=needed,
+                hint=_AGAIN,
                 reason="shard-size",
             )
         try:

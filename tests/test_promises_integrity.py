@@ -12,7 +12,23 @@ import pytest
 
 import deltafmt
 from deltafmt import DeltafmtError, IntegrityError, MalformedError, WrongBaseError
-from hostile import MANIFEST, Tensor, edit, f32, manifest, names_in, put, read_shard, tree, write_checkpoint
+from hostile import (
+    MANIFEST,
+    Json,
+    Tensor,
+    canonical,
+    derived,
+    digest,
+    edit,
+    f32,
+    manifest,
+    names_in,
+    put,
+    read_shard,
+    ref,
+    tree,
+    write_checkpoint,
+)
 
 Tensors = dict[str, Tensor]
 
@@ -189,9 +205,10 @@ def test_7_a_missing_shard_is_found_at_open(tmp_path: Path) -> None:
     for place, shard in enumerate(shards):
         shard.rename(tmp_path / "away")
         error = fails(lambda: deltafmt.open(tmp_path / "packed"), IntegrityError, "shard-missing")
-        count = sum(array["shard"] == place for array in manifest(tmp_path / "packed")["arrays"].values())
+        arrays = manifest(tmp_path / "packed")["arrays"]
+        count = sum(arrays[name]["shard"] == place for name in (f"t{i}" for i in range(6)))
         assert shard.name in str(error)
-        assert f"{count} stored arrays" in str(error)
+        assert f"Tensors that need it: {count} of 6." in str(error)
         os.mkfifo(shard)
         fails(lambda: deltafmt.open(tmp_path / "packed"), IntegrityError, "shard-missing")
         shard.unlink()
@@ -201,6 +218,27 @@ def test_7_a_missing_shard_is_found_at_open(tmp_path: Path) -> None:
     shards[0].write_bytes(contents[1])
     shards[1].write_bytes(contents[0])
     fails(lambda: deltafmt.open(tmp_path / "packed"), IntegrityError, "shard-size", "shard-header")
+
+
+def test_7_tensors_that_reach_a_missing_shard_are_counted(archive: Path) -> None:
+    """Not stored arrays: some tensors are made of others, or of a base, and headers are arrays that no tensor needs."""
+
+    def rewrite(document: Json) -> None:
+        derived(document, "chain", ref("again"))
+        derived(document, "again", ref("w"))
+        document["tensors"]["i"]["recipe"] = {"op": "ref", "tensor": "i", "base": "base"}
+        tensors = {"i": {key: document["tensors"]["i"][key] for key in ("dtype", "shape", "digest")}}
+        stated = digest(canonical({"i": ["I64", [2], tensors["i"]["digest"]]}))
+        document["bases"]["base"] = {"digest": stated, "tensors": tensors}
+        del document["arrays"]["i"]
+
+    edit(archive, rewrite)
+    shard = next(archive.glob("*.safetensors"))
+    os.truncate(shard, 9)
+    cut = fails(lambda: deltafmt.open(archive), IntegrityError, "shard-size")
+    shard.unlink()
+    gone = fails(lambda: deltafmt.open(archive), IntegrityError, "shard-missing")
+    assert cut.hint == gone.hint == "Tensors that need it: 4 of 5. Download the shard again"
 
 
 def test_7_a_missing_sidecar_is_found_at_open(archive: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deltafmt
+from command_line import Run
 from deltafmt import DeltafmtError, IntegrityError, MalformedError, UnsupportedError
+from deltafmt.durable import Staging
 from deltafmt.names import escaped
 from deltafmt.strictjson import canonical as print_json
 from deltafmt.strictjson import parse
-from hostile import MANIFEST, Json, canonical, edit, f32, manifest, put, seal, tree, write_checkpoint
+from hostile import MANIFEST, Json, canonical, derived, edit, f32, manifest, put, ref, seal, tree, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def refused(path: Path, kind: type[DeltafmtError], reason: str) -> DeltafmtError
 # --- 1: not an archive ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["empty", "file", "missing", "interrupted", "manifest is a folder"])
+@pytest.mark.parametrize("what", ["empty", "file", "missing", "interrupted", "staged", "manifest is a folder"])
 def test_1_not_an_archive(what: str, archive: Path, tmp_path: Path) -> None:
     path = tmp_path / "x"
     if what == "empty":
@@ -63,11 +67,17 @@ def test_1_not_an_archive(what: str, archive: Path, tmp_path: Path) -> None:
     elif what == "interrupted":
         shutil.copytree(archive, path)
         (path / MANIFEST).unlink()
+    elif what == "staged":  # as a pack that is killed leaves it
+        path = Staging(path).__enter__().path
+        (path / "config.json").write_bytes(b"{}")
     elif what == "manifest is a folder":
         (path / MANIFEST).mkdir(parents=True)
     error = refused(path, MalformedError, "not-an-archive")
     assert error.exit_code == 3
     assert str(path) in str(error)
+    assert ("interrupted pack" in error.what) == (what in ("empty", "interrupted", "staged"))
+    steps = {"empty": "Pack again", "interrupted": "Pack or download it again", "staged": "run that again"}
+    assert steps.get(what, "Name the") in error.hint
 
 
 # --- 2, 3: versions and features ------------------------------------------------------------------------------------
@@ -178,6 +188,74 @@ def test_17_strict_json(archive: Path, raw: bytes) -> None:
     assert len(str(error)) < 2000
 
 
+@pytest.mark.parametrize(
+    ("raw", "pointer", "what"),
+    [
+        (b'{"a":1,"a":1}', "/a", "duplicate key 'a'"),
+        (b'[{"b":1},{"b":1,"c":{"c":2},"b":3}]', "/1/b", "duplicate key 'b'"),
+        (b'{"b":[",]}",{"c":NaN}],"a":1}', "/b/1/c", "NaN is not a JSON number"),
+        (b"[1,-Infinity]", "/1", "-Infinity is not a JSON number"),
+        (b'{"a/b~":[[],{},-1e400]}', "/a~1b~0/2", "the number -1e400 is outside the range of a double"),
+        (b'{"a":{"b":{}},"c":[1,-12345678901234567890]}', "/c/1", "an integer of 20 digits"),
+        (b'{"a":["\\"","\\ud800"]}', "/a/1", "a lone surrogate in '\\ud800'"),
+        (b'{"a":1,"\\udfff":1}', r"/\udfff", "a lone surrogate in '\\udfff'"),
+        (b"[0," + b"[" * 100_000 + b"]" * 100_001, "/1" + 61 * "/0", "nested deeper than 64"),
+    ],
+)
+def test_17_the_json_pointer(archive: Path, raw: bytes, pointer: str, what: str) -> None:
+    error = refused(_with_annotation(archive, raw), MalformedError, "json")
+    assert error.what == what
+    assert str(error).startswith(f"{archive / MANIFEST}: /annotations/x{pointer}: {what}. ")
+
+
+def test_17_what_has_no_pointer_is_told_by_its_place(archive: Path) -> None:
+    assert "not JSON: " in str(refused(_with_annotation(archive, b"[1,]"), MalformedError, "json"))
+    assert "not UTF-8 at byte 9" in str(_refusal(b'["abc", "\xff"]'))
+    assert re.search(r"not JSON: .* at character 6", str(_refusal(b'["abc"')))
+    far = _refusal(b'["' + b"a" * (1 << 24) + b'",NaN]')  # nobody waits for the pointer to what is that far behind
+    assert (far.where, far.what) == ("here", "not strict JSON behind character 16777219")
+
+
+def _refusal(data: bytes) -> MalformedError:
+    with pytest.raises(MalformedError) as caught:
+        parse(data, "here")
+    assert caught.value.where.startswith("here")
+    return caught.value
+
+
+_FORBIDDEN = ["1e400", "NaN", "Infinity", "9" * 20, '"\\ud800"', '{"a":1,"a":2}']
+_ALLOWED = ["1", "-0", "1.5e3", "9" * 19, '"\\\\"', '"x,"', "true", "[]", "{}"]
+
+
+@settings(deadline=None)
+@given(
+    st.recursive(
+        st.sampled_from(_FORBIDDEN + _ALLOWED),
+        lambda inner: (
+            st.lists(inner, max_size=3).map(lambda items: f"[{' ,'.join(items)}]")
+            | st.lists(st.tuples(st.sampled_from(["a", "b", "/", "\\u007e"]), inner), max_size=3).map(
+                lambda pairs: "{" + ",\n".join(f'"{key}": {value}' for key, value in pairs) + "}"
+            )
+        ),
+        max_leaves=12,
+    )
+)
+def test_17_the_json_pointer_leads_to_what_is_wrong(text: str) -> None:
+    try:
+        parse(text.encode(), "here")
+    except MalformedError as error:
+        pointer = error.where.removeprefix("here: ")
+        assert pointer.startswith("/")
+        if error.what.startswith("duplicate"):
+            return
+        found = json.loads(text, object_pairs_hook=lambda pairs: dict(reversed(pairs)))
+        for step in pointer[1:].split("/") if pointer != "/" else []:
+            found = found[int(step) if isinstance(found, list) else step.replace("~1", "/").replace("~0", "~")]
+        assert found in ("\ud800", 10**20 - 1) or not math.isfinite(found)
+    else:
+        assert not any(odd in text for odd in _FORBIDDEN)
+
+
 @pytest.mark.parametrize("raw", [b'"\\ud83d\\ude00"', b"[" * 60 + b"]" * 60, b"1e300", b"9223372036854775807", b"-0.0"])
 def test_17_what_is_strict_json(archive: Path, raw: bytes) -> None:
     deltafmt.verify(_with_annotation(archive, raw))
@@ -193,6 +271,7 @@ def test_17_what_is_strict_json(archive: Path, raw: bytes) -> None:
         (b"[]", "json"),
         (b'"deltafmt"', "json"),
         (b"1", "json"),
+        (b"1" * 5000, "json"),
         (b"null", "json"),
         (b"{}", "schema"),
         (b'{"version":"1.0"}', "schema"),
@@ -332,6 +411,68 @@ def test_31_a_missing_extra_survives_pickling() -> None:
     assert type(again) is deltafmt.MissingExtraError
     assert str(again) == str(error)
     assert "deltafmt[torch]" in str(again)
+
+
+def _classes(kind: type[DeltafmtError]) -> Iterator[type[DeltafmtError]]:
+    for child in kind.__subclasses__():
+        if child.__module__ == "deltafmt.errors":
+            yield child
+        yield from _classes(child)
+
+
+def test_31_every_class_knows_a_next_step() -> None:
+    classes = list(_classes(DeltafmtError))
+    assert len(classes) >= 9
+    for kind in classes:
+        assert kind("what was found").hint, kind
+        if kind is not deltafmt.MissingExtraError:
+            assert kind("what was found", hint="Do this").hint == "Do this"
+
+
+def _cycle(document: Json) -> None:
+    derived(document, "x", ref("y"))
+    derived(document, "y", ref("x"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _cycle,
+        lambda d: d["arrays"].update(unused=d["arrays"]["w"]),
+        lambda d: put(d, "tensors/w/shape/0", True),
+        lambda d: put(d, "tensors/w/shape", [4, 6]),
+        lambda d: put(d, "tensors/w/recipe/op", "x"),
+        lambda d: put(d, "arrays/w/encoding/chunk", 0),
+        lambda d: put(d, "version", "0.9"),
+        lambda d: put(d, "version", 1),
+        lambda d: d.update(requires=["x"]),
+        lambda d: d.update(annotations=[]),
+        lambda d: put(d, "annotations", {"x": 2**70}),
+        lambda d: d.pop("shards"),
+    ],
+)
+def test_31_whatever_is_wrong_with_a_manifest_there_is_a_next_step(
+    archive: Path, change: Callable[[Json], object], run: Run
+) -> None:
+    edit(archive, change)
+    assert _told(run("inspect", archive))
+
+
+@pytest.mark.parametrize(
+    "arguments", [("src", "new", "--share", "99:0"), ("cut", "new"), ("src", "new", "--rank", "0"), ("nowhere", "new")]
+)
+def test_31_whatever_cannot_be_packed_there_is_a_next_step(arguments: list[str], tmp_path: Path, run: Run) -> None:
+    layers = {f"model.layers.{place}.mlp.weight": f32(8, 8, seed=place) for place in range(3)}
+    source = write_checkpoint(tmp_path / "src", layers) / "model.safetensors"
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/model.safetensors").write_bytes(source.read_bytes()[:-1])
+    assert _told(run("pack", *arguments))
+
+
+def _told(outcome: tuple[int, str, str]) -> bool:
+    """Whether the command line told an error and a next step, a line for each."""
+    code, _, err = outcome
+    return code != 0 and re.fullmatch(r"deltafmt: error: .+\ndeltafmt: hint: .+\n", err) is not None
 
 
 @settings(deadline=None)

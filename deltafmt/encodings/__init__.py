@@ -57,7 +57,7 @@ class Encoding:
                 raise UnsupportedError(
                     f"unknown encoding {name!a}",
                     where=pointer,
-                    hint=f"This version knows {', '.join(known)}",
+                    hint=f"This version knows {', '.join(known)}. {UnsupportedError.next_step}",
                     reason="encoding",
                 )
         if encoding.coder == "none" and encoding.filter != "none":

@@ -103,6 +103,7 @@ def export_lora(
                 "nothing that an adapter could hold differs from the base",
                 where=archive.location,
                 found=f"{len(work.left_out)} changed tensors that do not fit",
+                hint="Use the base, or the whole model: deltafmt unpack",
             )
         repo = archive.manifest.bases[work.base]
         if format == "gguf":

@@ -58,7 +58,7 @@ def parse_recipe(value: object, pointer: str, depth: int = 1) -> Operator:
         raise UnsupportedError(
             f"unknown operator {op[:80]!a}",
             where=pointer,
-            hint=f"This version knows {', '.join(OPERATORS)}",
+            hint=f"This version knows {', '.join(OPERATORS)}. {UnsupportedError.next_step}",
             reason="operator",
         )
     recipe = kind.parse(fields, lambda key, operand: parse_recipe(operand, f"{pointer}/{key}", depth + 1), pointer)
