@@ -13,7 +13,6 @@ import numpy as np
 
 from .durable import Staging
 from .manifest import Manifest
-from .names import TRAINING_STATE
 from .operators import Operator, Ref, Stored
 from .reader import Archive
 from .report import Progress
@@ -49,12 +48,8 @@ class Repacker:
             self._progress(done, manifest.logical_bytes, name)
             self.writer.tensors[name] = tensor._replace(recipe=self._recipe(tensor.recipe, name))
             done += self._archive.tensors[name].nbytes
-        sidecars = self._archive.sidecars
-        # One of these names alone is a file of the user's.
-        left = TRAINING_STATE if all(name in sidecars for name in TRAINING_STATE) else ()
-        for name, part in sidecars.items():
-            if name not in left:
-                self.writer.add_sidecar(name, part)
+        for name, part in self._archive.sidecars.items():
+            self.writer.add_sidecar(name, part)
         layout = self.writer.add_layout(self._archive)
         return self.writer.finish(layout, {}, {**manifest.annotations, "producer": f"deltafmt {__version__}"})
 

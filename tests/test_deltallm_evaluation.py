@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -30,14 +32,14 @@ IDS = torch.arange(130) * 37 % 256
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def new_llama(seed: int = 0) -> Any:
+def new_llama(seed: int = 0, layers: int = 8, width: int = 64, intermediate: int = 128) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=8,
+        hidden_size=width,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=256,
@@ -267,14 +269,14 @@ def test_the_experiment_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFi
     """Every method for a few steps; a second call makes nothing again."""
     import numpy as np
 
-    new_llama().save_pretrained(tmp_path / "model")
-    for name, count in (("train", 4000), ("held_out", 600)):
+    new_llama(layers=6, width=32, intermediate=96).save_pretrained(tmp_path / "model")
+    for name, count in (("train", 2000), ("held_out", 300)):
         np.save(tmp_path / f"{name}.npy", (np.arange(count) * 37 % 251).astype(np.uint16))
     out = tmp_path / "out"
     arguments = ["--model", "random", "--model-dir", str(tmp_path / "model"), "--out", str(out)]
     arguments += ["--tokens-file", str(tmp_path / "train.npy"), "--held-out", str(tmp_path / "held_out.npy")]
-    arguments += ["--device", "cpu", "--dtype", "float32", "--tokens", "1280", "--remove", "0.12"]
-    arguments += ["--batch", "4", "--length", "32", "--calibrate", "256"]
+    arguments += ["--device", "cpu", "--dtype", "float32", "--tokens", "320", "--remove", "0.12"]
+    arguments += ["--keep", "1", "1", "--batch", "4", "--length", "16", "--calibrate", "128", "--rate", "2e-3"]
     experiment.main(arguments)
     lines = (out / "results.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -287,13 +289,163 @@ def test_the_experiment_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFi
         else:
             assert 0.12 <= record["removed"] < 0.125
         assert record["trained"]["perplexity"] < record["initial"]["perplexity"]
+        off = record["logits_off"]
+        assert off["full"] == off["unpacked"]  # the same weights
+        assert max(off.values()) < 0.05
+        assert (off["full"] > 0) == (record["run"]["method"] in ("delta", "svd", "asvd"))  # factors become bfloat16
+        sizes = record["checkpoint"]
+        assert sizes["step_bytes"] + sizes["frozen_bytes"] > record["stored_bytes"] / 2
+        (folder,) = (out / "runs").glob(f"random-{record['run']['method']}-*")
+        assert [path.name for path in folder.iterdir()] == ["log.jsonl"]
+        assert results.read(folder / "log.jsonl")[-1]["step"] == 5
     assert records[0]["packed"]["perplexity"] == pytest.approx(records[0]["trained"]["perplexity"], rel=0.01)
     experiment.main(arguments)
     assert (out / "results.jsonl").read_text().splitlines() == lines
     capsys.readouterr()
-    experiment.main(["--out", str(out), "--table", "--plot", str(tmp_path / "quality.svg")])
+    experiment.main(["--out", str(out), "--markdown", "--plot", str(tmp_path / "quality.svg")])
     assert "| delta (alternating mlp full) |" in capsys.readouterr().out
-    ElementTree.fromstring((tmp_path / "quality.svg").read_text())
+    assert texts((tmp_path / "quality.svg").read_text()) > {"delta (alternating mlp full)", "drop"}
+    # A line each, and the titles of both axes.
+    assert texts((tmp_path / "quality-loss.svg").read_text()) > {"delta (alternating mlp full) -12%", "drop -12%"}
+    experiment.main(["--out", str(out), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [run["method"] for run in found["runs"]].count("delta") == 1
+    assert found["originals"][0]["parameters"] == records[0]["original"]["parameters"]
+
+
+def test_a_run_that_is_killed_leaves_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    class KilledError(Exception):
+        pass
+
+    @contextmanager
+    def killing(title: str) -> Iterator[Any]:
+        def tell(done: int, total: int, what: str) -> None:
+            raise KilledError
+
+        yield tell
+
+    new_llama(layers=3, width=32).save_pretrained(tmp_path / "model")
+    np.save(tmp_path / "tokens.npy", (np.arange(300) * 37 % 251).astype(np.uint16))
+    arguments = ["--model", "random", "--model-dir", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+    arguments += ["--tokens-file", str(tmp_path / "tokens.npy"), "--held-out", str(tmp_path / "tokens.npy")]
+    arguments += ["--device", "cpu", "--dtype", "float32", "--tokens", "704", "--methods", "control"]
+    arguments += ["--batch", "4", "--length", "16", "--trainable", "1000"]
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr("deltallm_runs.progress", killing)
+        experiment.main(arguments)
+    (log,) = (tmp_path / "out/runs").glob("*/log.jsonl")
+    assert [line["step"] for line in results.read(log)] == [10]
+    assert not (tmp_path / "out/results.jsonl").exists()
+    experiment.main(arguments)
+    assert [line["step"] for line in results.read(log)] == [10, 11]
+    assert len(results.read(tmp_path / "out/results.jsonl")) == 1
+
+
+def texts(svg: str) -> set[str]:
+    """What is written in a picture, all of which lies within it, if a character is 7 pixels wide."""
+    root = ElementTree.fromstring(svg)
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    written = [each for each in root.iter() if each.tag.endswith("text")]
+    for each in written:
+        if "transform" not in each.attrib and each.attrib.get("text-anchor", "start") == "start":
+            assert float(each.attrib["x"]) + 7 * len(each.text or "") <= width
+            assert float(each.attrib["y"]) <= height
+    return {each.text or "" for each in written}
+
+
+def run_record(seed: int = 0, tokens: int = 1000, rate: float = 1e-3, **trained: float) -> dict[str, Any]:
+    """What a run of MGM gave."""
+    scores = {"perplexity": 58.9, "accuracy": 0.1374, "agreement": 0.5687, "kl": 0.1642, "tokens_per_second": 3740.0}
+    return {
+        "run": {
+            "model": "mgm",
+            "method": "delta",
+            "remove": 0.12,
+            "seed": seed,
+            "tokens": tokens,
+            "structure": "sequential:2 both full",
+        },
+        "settings": {"batch": 32, "rate": rate, "layout": "sequential:2", "parts": "both"},
+        "removed": 0.12,
+        "parameters": 7_853_824,
+        "trainable": 2_074_624,
+        "plain_bytes": 15_707_648,
+        "stored_bytes": 22_082_195,
+        "resident_bytes": 27_300_000,
+        "train_seconds": 87.0,
+        "device": "CPU",
+        "original": scores
+        | {"accuracy": 0.16, "parameters": 8_924_928, "plain_bytes": 17_849_856, "stored_bytes": 29_773_108},
+        "initial": scores,
+        "trained": scores | trained,
+        "packed": scores,
+    }
+
+
+def test_tables_say_mean_and_spread_and_what_was_before() -> None:
+    """Of records as earlier versions wrote them, too, which say nothing of checkpoints."""
+    records = [
+        run_record(0, perplexity=57.0, accuracy=0.144, agreement=0.60, kl=0.14),
+        run_record(1, perplexity=58.0, accuracy=0.136, agreement=0.60, kl=0.15),
+    ]
+    summary = results.summary(records)
+    (row,) = summary
+    assert row["seeds"] == [0, 1]
+    assert row["measured"]["perplexity_after"] == {"mean": 57.5, "spread": pytest.approx(math.sqrt(0.5))}
+    assert row["measured"]["step_bytes"] == {"mean": None, "spread": None}
+    assert results.quality_table(summary) == [
+        {
+            "method": "delta (sequential:2 both full)",
+            "removed %": "12.0",
+            "perplexity at first": "58.9",
+            "perplexity after": "57.50 ± 0.71",
+            "accuracy kept %": "87.5 ± 3.5",
+            "agreement % at first": "56.9",
+            "agreement % after": "60.0",
+            "KL at first": "0.164",
+            "KL after": "0.145 ± 0.007",
+        }
+    ]
+    size = results.size_table(summary)[0]
+    assert [size[name] for name in ("MB stored", "MB resident", "tokens/s", "train s")] == [
+        "22.1",
+        "27.3",
+        "3,740",
+        "87",
+    ]
+    assert results.archive_table(summary) == []
+
+
+def test_a_table_fits_into_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [run_record(seed, tokens, kl=0.1 + seed / 8) for seed in (0, 1) for tokens in (100_000, 200_000)]
+    for record in records:
+        record["checkpoint"] = {"step_bytes": 6_900_000, "state_bytes": 13_700_000, "frozen_bytes": 19_300_000}
+        record["logits_off"] = {"fused": 0.0123, "full": 0.0124, "unpacked": 0.0124}
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    monkeypatch.setattr("deltafmt.printing._PIPE_WIDTH", 80)
+    experiment.main(["--out", str(tmp_path), "--table"])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "…" not in printed
+    for cell in ("85.9", "0.164", "0.163", "±0.088", "22.1", "6.9", "13.7", "19.3", "0.0124", "3,740"):
+        assert cell in printed
+
+
+def test_runs_of_other_tokens_and_settings_have_lines_of_their_own() -> None:
+    records = [run_record(0, tokens, rate) for tokens in (100_000, 200_000) for rate in (1e-3, 1e-4)]
+    names = [name for name, _ in results.grouped(records)]
+    assert sorted(names) == [
+        f"delta (sequential:2 both full, {tokens} M tokens, rate {rate})"
+        for tokens in ("0.1", "0.2")
+        for rate in ("0.0001", "0.001")
+    ]
+    assert texts(results.quality_picture(records)) > set(names)
+    many = {f"{name}, {again}": [{"tokens": 1e6, "loss": 4.0}] for name in names for again in range(10)}
+    assert texts(results.loss_picture(many)) > set(many)
 
 
 def test_a_half_written_line_is_no_record(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
@@ -35,7 +37,7 @@ from deltafmt.deltallm import (
     plan,
     second_moments,
 )
-from deltafmt.deltallm.architecture import blocks, family, linears
+from deltafmt.deltallm.architecture import Family, blocks, family, linears
 from deltafmt.deltallm.assignment import assign
 from deltafmt.deltallm.initialise import low_rank
 from deltafmt.errors import UsageError
@@ -204,7 +206,16 @@ def test_parameters_count_what_is_tied_once() -> None:
         (Structure(remove=0.9), "cannot be removed"),
         (Structure(remove=1.5), "fraction"),
         (Structure(rank=64), "save nothing"),
-        (Structure(rank=-1), "negative"),
+        (Structure(rank=-1), "^rank is no whole number"),
+        (Structure(rank=2.5), "^rank is no whole number"),  # type: ignore[arg-type]
+        (Structure(rank="8"), "^rank is no whole number"),  # type: ignore[arg-type]
+        (Structure(ranks={"up_proj": 2.5}), r"^ranks\['up_proj'\] is no whole number"),  # type: ignore[dict-item]
+        (Structure(ranks={"up_proj": 4, "up_prj": 9}), "^ranks names 'up_prj', and no delta module is called so"),
+        (Structure(ranks=[4]), "^ranks is a mapping"),  # type: ignore[arg-type]
+        (Structure(remove="0.1"), "^remove is a fraction"),  # type: ignore[arg-type]
+        (Structure(rank=4, keep_last=0.5), "^keep_last is no whole number"),  # type: ignore[arg-type]
+        (Structure(rank=4, delta_layers=0), "^delta_layers is no whole number"),
+        (Structure(rank=4, layout=3), "^layout is a text"),  # type: ignore[arg-type]
         (Structure(rank=4, keep_first=4, keep_last=4), "no delta module"),
         (Structure(rank=4, layout="9:1"), "blocks"),
         (Structure(rank=4, layout="every other"), "every other"),
@@ -220,6 +231,26 @@ def test_what_cannot_be_is_said(structure: Structure, message: str) -> None:
 def test_ranks_by_name_leave_the_others_dense() -> None:
     chosen = plan(built("llama"), Structure(ranks={"up_proj": 3, "down_proj": 5}))
     assert {name.split(".")[-1]: rank for name, rank in chosen.ranks.items()} == {"up_proj": 3, "down_proj": 5}
+
+
+def test_modules_of_one_name_have_ranks_of_their_own() -> None:
+    """Both the attention and the MLP of a GPT-2 end in a `c_proj`. The longest name holds, and one may be whole."""
+    model = built("gpt2")
+    ranks = {"c_proj": 3, "mlp.c_proj": 5, "c_fc": 2, "transformer.h.3.mlp.c_fc": 7}
+    chosen = plan(model, Structure(parts="both", ranks=ranks)).ranks
+    block = "transformer.h.{}"
+    assert chosen == {
+        f"{block.format(layer)}.{name}": rank
+        for layer in (3, 5)
+        for name, rank in (("attn.c_proj", 3), ("mlp.c_fc", 7 if layer == 3 else 2), ("mlp.c_proj", 5))
+    }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "0.5", None])
+def test_an_importance_that_is_no_number_is_named(value: Any) -> None:
+    with pytest.raises(UsageError, match=r"^the importance of block 4 is no finite number"):
+        plan(built("gpt2"), Structure(rank=2), [0.5, 0.5, 0.5, 0.5, value, 0.5, 0.5, 0.5])
+    assert plan(built("gpt2"), Structure(rank=2), np.full(8, 0.5)).ranks  # type: ignore[arg-type]
 
 
 # Calibration
@@ -323,6 +354,40 @@ def test_alignment_in_bfloat16_rounds_nothing(ids: torch.Tensor) -> None:
         assert torch.equal(ratio, ratio.round())
         scaled += int(ratio.count_nonzero())
     assert scaled
+
+
+def test_a_row_in_the_table_is_all_that_another_architecture_takes(
+    monkeypatch: pytest.MonkeyPatch, ids: torch.Tensor
+) -> None:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "vocab_size": 256}
+    model = OPTForCausalLM(OPTConfig(**settings, word_embed_proj_dim=64, init_std=0.1)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    with pytest.raises(UsageError, match="no transformer blocks"):
+        plan(model, Structure(rank=4))
+    row = Family(
+        name="OPT-like",
+        model_types=("opt",),
+        blocks="model.decoder.layers",
+        qkv=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),),
+        output="self_attn.out_proj",
+        ins=(("fc1",),),
+        down="fc2",
+        attention_norm="self_attn_layer_norm",
+        mlp_norm="final_layer_norm",
+        gated=False,
+    )
+    monkeypatch.setattr("deltafmt.deltallm.architecture.FAMILIES", (row,))
+    chosen = plan(model, Structure(parts="both", remove=0.1))
+    expected, apart = logits(model, ids), distance(model, chosen)
+    align(model, chosen)
+    assert (logits(model, ids) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert distance(model, chosen) < apart
+    assert set(deltas(delta_model(model, chosen))) == set(chosen.anchors)
+    assert len(block_influence(model, [ids])) == 8
 
 
 def test_unknown_symmetries_are_refused() -> None:

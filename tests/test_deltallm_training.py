@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import os
 import pydoc_data.topics
 import shutil
@@ -21,13 +22,14 @@ import transformers
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 
 import deltafmt
+from deltafmt.deltallm import state
 from deltafmt.deltallm.initialise import delta_model
 from deltafmt.deltallm.objective import Objective, _pure_slice_loss, _slice_loss
 from deltafmt.deltallm.replacement import Replacement
 from deltafmt.deltallm.save import save
 from deltafmt.deltallm.structure import Plan, Structure, plan
 from deltafmt.deltallm.train import Training, train
-from deltafmt.errors import UnsupportedError, UsageError
+from deltafmt.errors import IntegrityError, UnsupportedError, UsageError
 from deltafmt.sources import open_source
 from deltafmt.torch import load_model
 from deltafmt.torch.fused import deltas
@@ -173,6 +175,42 @@ def test_draws_depend_on_seed_and_step_and_use_the_teachers_modules() -> None:
 # Training
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tokens", 0),
+        ("batch", 1.5),
+        ("length", "32"),
+        ("checkpoint_every", 0),
+        ("document", 0),
+        ("lora", -1),
+        ("lora", True),
+        ("betas", (2, 3)),
+        ("betas", (0.9,)),
+        ("betas", 0.9),
+        ("distil", -1.0),
+        ("cross_entropy", math.nan),
+        ("cross_entropy", "1"),
+        ("weight_decay", -0.1),
+        ("clip", -1.0),
+        ("rate", 0.0),
+        ("rate", math.inf),
+        ("temperature", -1.0),
+        ("warmup", 1.5),
+        ("replace_from", -0.5),
+        ("seed", 0.5),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_named(name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"^{name} "):
+        replace(SHORT, **{name: value})
+
+
+def test_no_loss_at_all_is_refused() -> None:
+    with pytest.raises(UsageError, match="without cross_entropy and distil"):
+        replace(SHORT, cross_entropy=0, distil=0.0)
+
+
 def test_a_model_learns_its_text() -> None:
     history = train(llama(), None, None, TEXT, Training(tokens=10_000, batch=8, length=32, rate=3e-3))
     assert history.log[-1]["cross_entropy"] < 3.6 < 4.5 < history.log[0]["cross_entropy"]
@@ -243,9 +281,54 @@ def test_a_training_that_was_interrupted_ends_the_same(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert [line["step"] for line in history.log][-1] == training.steps
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert names == ["frozen", "log.jsonl", "step-00000015", "step-00000016"]
+    assert names == ["frozen", "log.jsonl", "state-00000016", "step-00000015", "step-00000016"]
     again, history = part(resume=True)  # nothing is left to do
     assert all(torch.equal(again.state_dict()[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("where", "last"), [("save", 2), ("_remove", 1)])
+def test_a_checkpoint_that_is_cut_short_loses_nothing(
+    where: str, last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state is there and its model is not yet; or both are, and what was before is not removed yet."""
+    training = replace(SHORT, checkpoint_every=3)
+    teacher, student, structure = pair(llama())
+    train(student, teacher, structure, TEXT, training)
+    expected = factors(student)
+
+    known, calls = getattr(state, where), 0
+
+    def kill(*arguments: Any, **settings: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            raise KilledError
+        return known(*arguments, **settings)
+
+    teacher, student, structure = pair(llama())
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(state, where, kill)
+        train(student, teacher, structure, TEXT, training, directory=tmp_path)
+    assert len(list(tmp_path.glob("state-*"))) == 2
+    teacher, student, structure = pair(llama())
+    history = train(student, teacher, structure, TEXT, training, directory=tmp_path, resume=True)
+    assert not history.interrupted
+    found = factors(student)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["frozen", "log.jsonl", "state-00000008", "step-00000006", "step-00000008"]
+
+
+def test_a_checkpoint_without_its_state_is_not_resumed(tmp_path: Path) -> None:
+    teacher, student, structure = pair(llama())
+    train(student, teacher, structure, TEXT, SHORT, directory=tmp_path)
+    facts = tmp_path / "state-00000008/training.json"
+    facts.write_text(facts.read_text().replace("8", "7", 1))
+    with pytest.raises(IntegrityError, match="not as it was written"):
+        train(student, teacher, structure, TEXT, SHORT, directory=tmp_path, resume=True)
+    shutil.rmtree(facts.parent)
+    with pytest.raises(IntegrityError, match="'state-00000008' is not there"):
+        train(student, teacher, structure, TEXT, SHORT, directory=tmp_path, resume=True)
 
 
 def test_batches_that_are_accumulated_are_one_batch() -> None:
@@ -335,7 +418,7 @@ def test_a_checkpoint_that_is_half_removed_is_none(tmp_path: Path, monkeypatch: 
     teacher, student, structure = pair(llama())
     train(student, teacher, structure, TEXT, training, directory=tmp_path, resume=True)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["frozen", "log.jsonl", "step-00000006", "step-00000008"]
+    assert names == ["frozen", "log.jsonl", "state-00000008", "step-00000006", "step-00000008"]
 
 
 def test_a_checkpoint_is_small_and_is_the_model(tmp_path: Path) -> None:
@@ -346,6 +429,13 @@ def test_a_checkpoint_is_small_and_is_the_model(tmp_path: Path) -> None:
         manifest = archive._archive.manifest
         stored = {name for name in manifest.arrays if "#header" not in name}
     assert stored == {f"{name}.weight#{role}" for name in structure.anchors for role in ("lora_a", "lora_b")}
+    assert {path.suffix for path in step.iterdir()} == {".json", ".safetensors"}
+    with deltafmt.open(tmp_path / "state-00000008") as archive:
+        numbers = {name: math.prod(archive.get_slice(name).get_shape()) for name in archive.keys()}  # noqa: SIM118
+    moments = {name: count for name, count in numbers.items() if name.startswith("exp_avg")}
+    assert sum(moments.values()) == 2 * sum(each.numel() for each in factors(student).values())
+    # Beside the moments: how many steps each factor has seen, and the order of each layer's components.
+    assert sum(numbers.values()) - sum(moments.values()) == sum(2 + rank for rank in structure.ranks.values())
     model = load_model(step, "fused", base=tmp_path / "frozen")
     torch.testing.assert_close(logits(model), logits(student), rtol=0, atol=1e-5)
 
@@ -359,7 +449,7 @@ def test_a_checkpoint_packed_again_stands_by_itself(tmp_path: Path) -> None:
     model = load_model(tmp_path / "packed", "fused")
     assert sorted(deltas(model)) == sorted(structure.anchors)
     torch.testing.assert_close(logits(model), logits(student), rtol=0, atol=1e-5)
-    assert not [name for name in deltafmt.unpack(tmp_path / "packed", tmp_path / "plain").files if "training" in name]
+    assert set(deltafmt.unpack(tmp_path / "packed", tmp_path / "plain").files) == {"config.json", "model.safetensors"}
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
     torch.testing.assert_close(logits(plain), logits(student), rtol=0, atol=1e-4)
 

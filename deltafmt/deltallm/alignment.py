@@ -23,12 +23,9 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
-from .architecture import block_name, blocks, family, submodule
+from .architecture import FAMILIES, block_name, blocks, family, submodule
 from .assignment import assign
 from .structure import Plan
-
-MODEL_TYPES = ("gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")
-"""`config.model_type` of the models whose symmetries these are: what reads a norm, what follows a projection."""
 
 _LARGEST = 3  # exponent of a scale
 _PAIRINGS = 2  # how often places are found, given the scales, and scales, given the places
@@ -42,12 +39,18 @@ def align(model: nn.Module, plan: Plan, *, channels: bool = True, heads: bool = 
     The model computes what it did; anchors and all other layers stay as they are. Moments of inputs that were measured
     before do not hold any more. No parameter of a delta layer may be another layer's, too.
 
-    Raises `UsageError` for models whose symmetries are not known (`MODEL_TYPES`).
+    Raises `UsageError` for models whose symmetries are not known: no family's `model_types` has theirs.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in MODEL_TYPES:
-        raise UsageError("this model's symmetries are not known", expected=", ".join(MODEL_TYPES), found=kind)
     names = family(model)
+    if kind not in names.model_types:
+        known = sorted(each for other in FAMILIES for each in other.model_types)
+        raise UsageError(
+            "this model's symmetries are not known",
+            expected=", ".join(known),
+            found=kind,
+            hint="Do without align: a delta model does not depend on it",
+        )
     for layer in range(len(blocks(model))):
         prefix = block_name(model, layer)
         if any(f"{prefix}.{name}" in plan.anchors for name in names.mlp):
@@ -138,28 +141,28 @@ class _Attention:
 
 
 def _mlp(model: nn.Module, plan: Plan, prefix: str) -> _Mlp:
-    if submodule(model, f"{prefix}.mlp.c_fc") is not None:
-        return _Mlp(_split(model, plan, f"{prefix}.mlp.c_fc"), _split(model, plan, f"{prefix}.mlp.c_proj")[0])
-    if submodule(model, f"{prefix}.mlp.gate_up_proj") is not None:
-        ins = _split(model, plan, f"{prefix}.mlp.gate_up_proj", (1, 1))
-    else:
-        ins = [_split(model, plan, f"{prefix}.mlp.{leaf}_proj")[0] for leaf in ("gate", "up")]
-    return _Mlp(ins, _split(model, plan, f"{prefix}.mlp.down_proj")[0])
+    names = family(model)
+    ins = _parts(model, plan, prefix, names.ins, (1, 1) if names.gated else (1,))
+    return _Mlp(ins, _split(model, plan, f"{prefix}.{names.down}")[0])
 
 
 def _attention(model: nn.Module, plan: Plan, prefix: str) -> _Attention:
     config: Any = model.config
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    output = f"{prefix}.self_attn.o_proj"
-    if submodule(model, f"{prefix}.attn.c_attn") is not None:
-        q, k, v = _split(model, plan, f"{prefix}.attn.c_attn", (1, 1, 1))
-        output = f"{prefix}.attn.c_proj"
-    elif submodule(model, f"{prefix}.self_attn.qkv_proj") is not None:
-        q, k, v = _split(model, plan, f"{prefix}.self_attn.qkv_proj", (heads, groups, groups))
-    else:
-        q, k, v = (_split(model, plan, f"{prefix}.self_attn.{leaf}_proj")[0] for leaf in "qkv")
-    return _Attention(q, k, v, _split(model, plan, output)[0], groups, heads // groups)
+    names = family(model)
+    q, k, v = _parts(model, plan, prefix, names.qkv, (heads, groups, groups))
+    return _Attention(q, k, v, _split(model, plan, f"{prefix}.{names.output}")[0], groups, heads // groups)
+
+
+def _parts(
+    model: nn.Module, plan: Plan, prefix: str, ways: tuple[tuple[str, ...], ...], shares: tuple[int, ...]
+) -> list[_Slice]:
+    """The parts of a block that are a layer each, or one layer in these proportions, whichever way the model has."""
+    way = next(way for way in ways if submodule(model, f"{prefix}.{way[0]}") is not None)
+    if len(way) == len(shares):
+        return [_split(model, plan, f"{prefix}.{name}")[0] for name in way]
+    return _split(model, plan, f"{prefix}.{way[0]}", shares)
 
 
 def _split(model: nn.Module, plan: Plan, name: str, shares: tuple[int, ...] = (1,)) -> list[_Slice]:

@@ -1,7 +1,11 @@
-"""Where the transformer blocks of a causal language model are, and what their linear layers and norms are called."""
+"""Where the transformer blocks of a causal language model are, and what their linear layers and norms are called.
+
+`FAMILIES` is all that the rest knows of architectures.
+"""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,20 +16,40 @@ from ..methods.sharing import Parts
 
 @dataclass(frozen=True)
 class Family:
-    """Module names of one kind of model. A model has those of the names that it splits or fuses its weights by.
+    """Module names of one kind of model.
 
     Attributes:
+        model_types: `config.model_type` of those whose blocks compute what `alignment` takes for granted.
         blocks: the list of blocks.
-        attention, mlp: linear layers within a block, in the order of their use.
+        qkv: within a block, the linear layers of queries, keys and values: three, or one that holds all of them, one
+            after the other. Several such tuples, if models differ: each model has one of them.
+        output: the linear layer after the attention.
+        ins: those before the MLP's activation, in the same way: gate and up, or both in one; or just one, if it is not
+            `gated`.
+        down: the one after it.
         attention_norm, mlp_norm: the norm in a block that only these linear layers read.
     """
 
     name: str
+    model_types: tuple[str, ...]
     blocks: str
-    attention: tuple[str, ...]
-    mlp: tuple[str, ...]
+    qkv: tuple[tuple[str, ...], ...]
+    output: str
+    ins: tuple[tuple[str, ...], ...]
+    down: str
     attention_norm: str
     mlp_norm: str
+    gated: bool = True
+
+    @property
+    def attention(self) -> tuple[str, ...]:
+        """The linear layers of the attention, whichever a model has of them, in the order of their use."""
+        return (*itertools.chain(*self.qkv), self.output)
+
+    @property
+    def mlp(self) -> tuple[str, ...]:
+        """Those of the MLP."""
+        return (*itertools.chain(*self.ins), self.down)
 
     def linears(self, parts: Parts) -> tuple[str, ...]:
         """The names of the linear layers of `parts`, within a block."""
@@ -35,19 +59,26 @@ class Family:
 FAMILIES = (
     Family(
         name="Llama-like",
+        model_types=("llama", "mistral", "phi3", "qwen2", "qwen3"),
         blocks="model.layers",
-        attention=tuple(f"self_attn.{leaf}_proj" for leaf in ("q", "k", "v", "qkv", "o")),
-        mlp=tuple(f"mlp.{leaf}_proj" for leaf in ("gate", "up", "gate_up", "down")),
+        qkv=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.qkv_proj",)),
+        output="self_attn.o_proj",
+        ins=(("mlp.gate_proj", "mlp.up_proj"), ("mlp.gate_up_proj",)),
+        down="mlp.down_proj",
         attention_norm="input_layernorm",
         mlp_norm="post_attention_layernorm",
     ),
     Family(
         name="GPT-2-like",
+        model_types=("gpt2",),
         blocks="transformer.h",
-        attention=("attn.c_attn", "attn.c_proj"),
-        mlp=("mlp.c_fc", "mlp.c_proj"),
+        qkv=(("attn.c_attn",),),
+        output="attn.c_proj",
+        ins=(("mlp.c_fc",),),
+        down="mlp.c_proj",
         attention_norm="ln_1",
         mlp_norm="ln_2",
+        gated=False,
     ),
 )
 

@@ -118,6 +118,8 @@ def _least(model: nn.Module, influence: Sequence[float], remove: float) -> set[i
     layers = blocks(model)
     if len(influence) != len(layers):
         raise UsageError("one influence for each layer is needed", expected=len(layers), found=len(influence))
+    if unknown := [layer for layer, value in enumerate(influence) if math.isnan(value)]:
+        raise UsageError(f"the influence of layer {unknown[0]} is no number")
     each = sum(parameter.numel() for parameter in layers.parameters()) / len(layers)
     count = round(remove * parameters(model) / each)
     if not 0 < count < len(layers):

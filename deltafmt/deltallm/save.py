@@ -10,7 +10,7 @@ import copy
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,6 @@ def save(
     source: PathLike | None = None,
     base: PathLike | None = None,
     dtype: torch.dtype | None = None,
-    sidecars: Mapping[str, Path] | None = None,
     overwrite: bool = False,
     single_file: bool = False,
 ) -> PackReport:
@@ -65,7 +64,6 @@ def save(
             are kept where the model has wider ones. None: the model's configuration comes along.
         base: a checkpoint or lossless archive: what it holds bit for bit is referred to and not stored.
         dtype: of float factors, for example `torch.bfloat16`; None: as they are.
-        sidecars: more files to come along, by name.
         overwrite: replace an archive or checkpoint at `directory`.
 
     Returns:
@@ -91,7 +89,7 @@ def save(
             writing.base_from = provenance(base)
         started = time.perf_counter()
         writing.write_all()
-        manifest = writing.finish(sidecars or {})
+        manifest = writing.finish()
         area.commit()
     return pack_report(
         manifest,
@@ -113,7 +111,7 @@ def save_frozen(student: nn.Module, directory: PathLike) -> None:
     with Staging(Path(directory), overwrite=True) as area:
         writing = _Writing(student, area, None, None, None)
         writing.write_all(frozen=True)
-        writing.finish({})
+        writing.finish()
         area.commit()
 
 
@@ -159,7 +157,7 @@ class _Writing:
                 else:
                     self._writer.tensors[name] = self._dense(name, weight)
 
-    def finish(self, sidecars: Mapping[str, Path]) -> Manifest:
+    def finish(self) -> Manifest:
         """Write the layout of the unpacked file, sidecars and the manifest."""
         writer = self._writer
         infos = {name: TensorInfo(tensor.dtype, tensor.shape) for name, tensor in writer.tensors.items()}
@@ -175,7 +173,7 @@ class _Writing:
         needed = any(isinstance(node, Ref) and node.base is not None for node in nodes)
         bases = {BASE_ID: Base(self._base, *self.base_from)} if needed else {}
         with self._configuration() as own:
-            files = {name: FilePart(path) for name, path in {**own, **sidecars}.items()}
+            files = {name: FilePart(path) for name, path in own.items()}
             if self._source is not None:
                 files = {**self._source.sidecars, **files}
             for name, part in files.items():
@@ -204,11 +202,13 @@ class _Writing:
 
     def _delta(self, name: str, layer: Delta) -> Tensor:
         base = layer.base
-        factors = _ordered(layer.factors)
-        if self._factor_dtype is not None and factors.lora_a.is_floating_point():
-            factors = Factors(factors.lora_a.to(self._factor_dtype), factors.lora_b.to(self._factor_dtype))
+        places = order(layer.factors)
+        lora_a, lora_b = (each.detach().cpu()[places] for each in (layer.factors.lora_a, layer.factors.lora_b))
+        if self._factor_dtype is not None and lora_a.is_floating_point():
+            lora_a, lora_b = lora_a.to(self._factor_dtype), lora_b.to(self._factor_dtype)
+        factors = Factors(lora_a, lora_b, layer.factors.scale)
         if base is None and factors.rank == 0:
-            raise UnsupportedError(f"{name} has neither a base nor factors")
+            raise UnsupportedError(f"{name} has neither a base nor factors", hint="Give it one of them")
         anchor = None if base is None else self._anchor(name, base)
         wanted = base.dtype if base is not None else self._weight_dtype()
         kind = _format_dtype(self._narrowed(wanted, name), name)
@@ -307,12 +307,11 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter | torch.Tensor 
                 yield prefix + leaf, buffer
 
 
-def _ordered(factors: Factors) -> Factors:
-    """The same, components by decreasing contribution, as the format wants them."""
+def order(factors: Factors) -> torch.Tensor:
+    """Components by decreasing contribution, as the format wants them and `save` writes them: integers `[r]`."""
     a, b = factors.lora_a.detach().cpu(), factors.lora_b.detach().cpu()
     contribution = a.double().norm(dim=1) * b.double().norm(dim=1)
-    order = torch.argsort(contribution, descending=True, stable=True)
-    return Factors(a[order], b[order], factors.scale)
+    return torch.argsort(contribution, descending=True, stable=True)
 
 
 def _error(layer: Delta, stored: Factors, dtype: torch.dtype) -> float:

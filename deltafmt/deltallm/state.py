@@ -1,8 +1,9 @@
 """The state of a training: what trains, its optimizer, and the directory of log and checkpoints.
 
-frozen/         an archive of everything that does not train
-step-00000100/  an archive whose base that is: factors in float32; beside them, as files of it, what resuming takes
-log.jsonl       one line for every few steps
+frozen/          an archive of everything that does not train
+step-00000100/   an archive whose base that is: factors, in float32, and whatever else trains
+state-00000100/  what resuming takes beside the last of these: an archive, too, of the optimizer's moments
+log.jsonl        one line for every few steps
 """
 
 from __future__ import annotations
@@ -17,25 +18,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from torch import nn
 
+from ..archive import open as open_tensors
 from ..checkpoint import FilePart
 from ..digests import digest, model_digest
 from ..errors import IntegrityError, UsageError
 from ..limits import DEFAULT_LIMITS
-from ..names import TRAINING_STATE
+from ..operators import Lowrank, Stored
+from ..pack import pack
 from ..reader import read_manifest
-from ..sources import PathLike
-from .save import save, save_frozen
+from ..sources import PathLike, open_archive
+from ..torch.fused import deltas
+from .save import order, save, save_frozen
 from .structure import Plan
 from .training import History, Training
 
-_STATE, _FACTS = TRAINING_STATE
+_STATE, _FACTS = "training.safetensors", "training.json"
 _LOG = "log.jsonl"
 _REMOVED = ".removed"
 _KEPT = 2
-"""Checkpoints that are kept: the last one, and one more."""
+"""Checkpoints that are kept: the last one, and one more, which cannot be resumed."""
 _FREE = ("checkpoint_every", "log_every")
 """Of a training, what its result does not depend on."""
 
@@ -133,17 +138,18 @@ class State:
 
     def load(self, history: History) -> bool:
         """Take the last checkpoint over, if there is one. Raises `UsageError` if it is another training's."""
-        from safetensors.torch import load_file
-
         found = checkpoints(self._folder) if self._folder is not None else []
         if not found:
             return False
         last = found[-1]
-        sidecars = read_manifest(last, DEFAULT_LIMITS).sidecars
-        for name in (_STATE, _FACTS):
-            if name not in sidecars or FilePart(last / name).digest() != sidecars[name].digest:
-                raise IntegrityError("not as it was written", where=str(last / name), hint="Remove this checkpoint")
-        facts = json.loads((last / _FACTS).read_text())
+        state = _state_of(last)
+        if not state.is_dir():
+            raise IntegrityError(
+                f"'{state.name}' is not there, without which this training cannot be resumed",
+                where=str(last),
+                hint="Begin another one, in another directory",
+            )
+        facts = _facts(state)
         for key, value in self._facts.items():
             if facts.get(key) != value:
                 raise UsageError(
@@ -151,7 +157,9 @@ class State:
                     where=str(last),
                     hint="Choose another directory",
                 )
-        self._weights.restore(load_file(last / _STATE))
+        with open_tensors(state, framework="pt") as archive:
+            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - it is no dict
+        self._weights.restore(_with_factors(tensors, last))
         history.log, history.steps, history.tokens = facts["log"], facts["steps"], facts["tokens"]
         self._first = history.steps
         self._write_log(history.log)
@@ -173,28 +181,34 @@ class State:
         os.replace(fresh, self._folder / _LOG)
 
     def save(self, history: History) -> None:
-        """Write a checkpoint; remove all but the last few."""
+        """Write a checkpoint; remove all but the last few, and the state beside all but this one.
+
+        Whenever this is cut short, the last checkpoint has its state: that is there before, and goes when another has.
+        """
         from safetensors.torch import save_file
 
         if self._folder is None:
             return
         target = self._folder / f"step-{history.steps:08d}"
+        state = _state_of(target)
         facts = {**self._facts, "steps": history.steps, "tokens": history.tokens, "log": history.log}
         with tempfile.TemporaryDirectory() as scratch:
-            files = {name: Path(scratch) / name for name in (_STATE, _FACTS)}
-            save_file(self._weights.state(), files[_STATE])
-            files[_FACTS].write_text(json.dumps(facts))
-            save(
-                self._student,
-                self._plan,
-                target,
-                source=self._source,
-                base=self._folder / "frozen",
-                sidecars=files,
-                overwrite=target.exists(),
-            )
+            save_file(_without_factors(self._weights.state(), self._student), Path(scratch) / _STATE)
+            (Path(scratch) / _FACTS).write_text(json.dumps(facts))
+            pack(scratch, state, overwrite=state.exists())
+        save(
+            self._student,
+            self._plan,
+            target,
+            source=self._source,
+            base=self._folder / "frozen",
+            overwrite=target.exists(),
+        )
         for old in checkpoints(self._folder)[:-_KEPT]:
             _remove(old)
+        for other in self._folder.glob("state-*"):
+            if other != state:
+                _remove(other)
 
 
 def begin(folder: Path, student: nn.Module, resume: bool) -> None:
@@ -206,7 +220,7 @@ def begin(folder: Path, student: nn.Module, resume: bool) -> None:
     if found and not resume:
         raise UsageError("a training is here already", where=str(folder), hint="Resume it, or choose another directory")
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(f".step-*{_REMOVED}"):
+    for old in folder.glob(f".*{_REMOVED}"):
         shutil.rmtree(old)
     if not found:
         (folder / _LOG).unlink(missing_ok=True)
@@ -219,6 +233,52 @@ def checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8}", path.name))
+
+
+def _state_of(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name.replace("step", "state"))
+
+
+def _facts(state: Path) -> dict[str, Any]:
+    """What of a state is no tensor."""
+    file, sidecars = state / _FACTS, read_manifest(state, DEFAULT_LIMITS).sidecars
+    if _FACTS not in sidecars or FilePart(file).digest() != sidecars[_FACTS].digest:
+        raise IntegrityError(
+            "not as it was written", where=str(file), hint="Begin another training, in another directory"
+        )
+    facts: dict[str, Any] = json.loads(file.read_text())
+    return facts
+
+
+def _without_factors(tensors: dict[str, torch.Tensor], student: nn.Module) -> dict[str, torch.Tensor]:
+    """The state without the factors that the checkpoint's archive has bit for bit; in place of a layer's the order in
+    which they are there."""
+    left = dict(tensors)
+    for layer, delta in deltas(student).items():
+        names = [f"weight/{layer}.factors.{role}" for role in ("lora_a", "lora_b")]
+        if delta.factors.lora_a.dtype == torch.float32 and all(name in tensors for name in names):
+            for name in names:
+                del left[name]
+            left[f"order/{layer}"] = order(delta.factors)
+    return left
+
+
+def _with_factors(tensors: dict[str, torch.Tensor], checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The state with the factors that are in the checkpoint's archive."""
+    whole = {name: tensor for name, tensor in tensors.items() if not name.startswith("order/")}
+    with open_archive(checkpoint) as archive:
+        for name in tensors.keys() - whole.keys():
+            layer = name.removeprefix("order/")
+            recipe = archive.manifest.tensors[f"{layer}.weight"].recipe
+            (low,) = (node for node in recipe.walk() if isinstance(node, Lowrank))
+            for role, array in (("lora_a", low.a), ("lora_b", low.b)):
+                assert isinstance(array, Stored)
+                shape = archive.manifest.arrays[array.array].shape
+                found = torch.from_numpy(archive.stored_array(array.array).view(np.float32)).view(shape)
+                factor = torch.empty_like(found)
+                factor[tensors[name]] = found
+                whole[f"weight/{layer}.factors.{role}"] = factor
+    return whole
 
 
 def _remove(checkpoint: Path) -> None:

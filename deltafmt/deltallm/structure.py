@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from numbers import Real
 
 from torch import nn
 
 from ..errors import UsageError
+from ..limits import check_count
 from ..methods.sharing import Explicit, Parts, Sequential, parse_layout
 from ..torch.evaluate import parameters
 from ..torch.fused import fused_like
@@ -25,8 +27,9 @@ class Structure:
         parts: which linear layers: `mlp`, `attention` or `both`.
         keep_first, keep_last: blocks at either end that are neither deltas nor anchors; a map overrides them.
         rank: components of every delta module.
-        ranks: the same by the last part of the module's name: `{"gate_proj": 64, "down_proj": 128}`. Those that are not
-            named stay as they are.
+        ranks: the same by the module's name, or as much of its end as tells it from others:
+            `{"gate_proj": 64, "down_proj": 128}`, `{"mlp.c_proj": 64, "attn.c_proj": 32}`. Of several ends the longest
+            holds; modules that are not named stay as they are.
         remove: fraction of the model's parameters to remove, 0.12 for 12 %; each delta module keeps the same fraction
             of its own parameters.
         delta_layers: how many blocks become deltas; as many as the layout allows if None. Without a measured importance
@@ -71,12 +74,14 @@ def plan(model: nn.Module, structure: Structure, importance: Sequence[float] | N
     pairs = _layers(len(blocks(model)), structure, importance)
     anchors: dict[str, str] = {}
     shapes: dict[str, tuple[int, int]] = {}
+    named: dict[str, str | None] = {}
     for layer, anchor in sorted(pairs.items()):
         prefix, other = block_name(model, layer), block_name(model, anchor)
         theirs = linears(model, anchor, structure.parts)
         for name, module in linears(model, layer, structure.parts).items():
             counterpart = other + name.removeprefix(prefix)
-            if structure.ranks is not None and _leaf(name) not in structure.ranks:
+            named[name] = _end(structure.ranks or {}, name)
+            if structure.ranks is not None and named[name] is None:
                 continue
             if fused_like(module) is None or type(theirs.get(counterpart)) is not type(module):
                 raise UsageError(f"{name} ({type(module).__name__}) cannot be a delta of {counterpart}")
@@ -84,6 +89,13 @@ def plan(model: nn.Module, structure: Structure, importance: Sequence[float] | N
             if shape != found:
                 raise UsageError(f"{name} cannot be a delta of {counterpart}", expected=shape, found=found)
             anchors[name], shapes[name] = counterpart, shape
+    if named and (lost := [end for end in structure.ranks or {} if not any(_ends(name, end) for name in named)]):
+        known = dict.fromkeys(name.rpartition(".")[2] for name in named)
+        raise UsageError(
+            f"ranks names {lost[0]!r}, and no delta module is called so",
+            expected=", ".join(known),
+            hint="Name modules of the delta layers and of the parts that were asked for",
+        )
     if not anchors:
         raise UsageError(
             f"the layout {structure.layout!r} makes no delta module of this model's {len(blocks(model))} blocks",
@@ -91,7 +103,7 @@ def plan(model: nn.Module, structure: Structure, importance: Sequence[float] | N
         )
     if structure.remove is not None:
         return Plan(anchors, ranks_for(structure.remove * parameters(model), parameters(model), shapes))
-    ranks = {name: _asked(structure, name) for name in anchors}
+    ranks = {name: _asked(structure, named[name]) for name in anchors}
     for name, rank in ranks.items():
         rows, columns = shapes[name]
         if rank * (rows + columns) >= rows * columns:
@@ -108,26 +120,38 @@ def _check(structure: Structure) -> None:
         raise UsageError("a structure has exactly one of rank, ranks and remove")
     if structure.parts not in ("mlp", "attention", "both"):
         raise UsageError("unknown parts", expected="'mlp', 'attention' or 'both'", found=repr(structure.parts))
-    if structure.remove is not None and not 0 < structure.remove < 1:
-        raise UsageError("remove is a fraction of the parameters", expected="0 to 1", found=structure.remove)
-    if min(structure.keep_first, structure.keep_last) < 0:
-        raise UsageError("keep_first and keep_last must not be negative")
-    if structure.delta_layers is not None and structure.delta_layers < 1:
-        raise UsageError("delta_layers must be positive", found=structure.delta_layers)
-    asked = [structure.rank] if structure.rank is not None else list((structure.ranks or {}).values())
-    if any(rank < 0 for rank in asked):
-        raise UsageError("a rank must not be negative", found=min(asked))
+    if structure.remove is not None and not (is_finite(structure.remove) and 0 < structure.remove < 1):
+        raise UsageError("remove is a fraction of the parameters", expected="0 to 1", found=repr(structure.remove))
+    if structure.ranks is not None and not isinstance(structure.ranks, Mapping):
+        raise UsageError("ranks is a mapping of names to whole numbers", found=repr(structure.ranks))
+    if not isinstance(structure.layout, str):
+        raise UsageError("layout is a text", expected="such as 'alternating'", found=repr(structure.layout))
+    check_count("rank", structure.rank, 0)
+    for end, rank in (structure.ranks or {}).items():
+        check_count(f"ranks[{end!r}]", rank, 0)
+    check_count("keep_first", structure.keep_first, 0)
+    check_count("keep_last", structure.keep_last, 0)
+    check_count("delta_layers", structure.delta_layers, 1)
 
 
-def _asked(structure: Structure, name: str) -> int:
-    if structure.ranks is not None:
-        return structure.ranks[_leaf(name)]
-    assert structure.rank is not None
-    return structure.rank
+def is_finite(value: object) -> bool:
+    """Whether this is a number, and one that can be reckoned with."""
+    return type(value) is not bool and isinstance(value, Real) and math.isfinite(value)
 
 
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
+def _asked(structure: Structure, end: str | None) -> int:
+    rank = structure.rank if end is None else (structure.ranks or {})[end]
+    assert rank is not None
+    return rank
+
+
+def _end(ranks: Mapping[str, int], name: str) -> str | None:
+    """The longest of these ends that a module's name has."""
+    return max((end for end in ranks if _ends(name, end)), key=len, default=None)
+
+
+def _ends(name: str, end: str) -> bool:
+    return f".{name}".endswith(f".{end}")
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
@@ -145,6 +169,9 @@ def _layers(count: int, structure: Structure, importance: Sequence[float] | None
     """The anchor block of each delta block."""
     if importance is not None and len(importance) != count:
         raise UsageError("one importance per block is needed", expected=count, found=len(importance))
+    for layer, value in enumerate(() if importance is None else importance):
+        if not is_finite(value):
+            raise UsageError(f"the importance of block {layer} is no finite number", found=repr(value))
     try:
         layout = parse_layout(structure.layout)
     except ValueError as error:
@@ -159,7 +186,7 @@ def _layers(count: int, structure: Structure, importance: Sequence[float] | None
     if wanted is None:
         return pairs
     _enough(wanted, len(pairs))
-    ranked = sorted(pairs, key=lambda layer: (importance[layer] if importance else 0.0, -layer))
+    ranked = sorted(pairs, key=lambda layer: (0.0 if importance is None else importance[layer], -layer))
     return {layer: pairs[layer] for layer in ranked[:wanted]}
 
 

@@ -69,6 +69,7 @@ def train(
     Raises:
         UsageError: nothing to train, too little text, `directory` holds another training.
         UnsupportedError: a model whose logits are computed in an unusual way.
+        IntegrityError: what resuming takes is damaged or gone.
         DeltafmtError: the loss is no number.
     """
     deadline = math.inf if seconds is None else time.perf_counter() + seconds

@@ -6,6 +6,13 @@ import math
 from dataclasses import dataclass, field
 
 from ..errors import UsageError
+from ..limits import check_count
+from .structure import is_finite
+
+_COUNTS = ("tokens", "batch", "length", "accumulate", "log_every", "document", "lora", "checkpoint_every")
+_FRACTIONS = ("warmup", "replace_from", "replace_until")
+_NOT_NEGATIVE = ("rate", "temperature", "cross_entropy", "distil", "weight_decay", "clip")
+_POSITIVE = ("rate", "temperature")
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,8 @@ class Training:
         log_every: steps.
         compiled: compile the blocks of both models and the loss, which takes a minute and makes steps on a GPU much
             shorter; where that fails, nothing is compiled, and a warning says so. Results differ by rounding.
+
+    Raises `UsageError` for a number that makes no sense; it names the argument.
     """
 
     tokens: int
@@ -54,15 +63,22 @@ class Training:
     compiled: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch", "length", "accumulate", "log_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1", found=getattr(self, name))
-        if not (self.rate > 0 and 0 <= self.warmup <= 1 and self.temperature > 0):
-            raise UsageError("rate and temperature must be positive, and warmup a fraction of the steps")
-        if not (0 <= self.replace_from <= 1 and 0 <= self.replace_until <= 1):
-            raise UsageError("replace_from and replace_until must lie between 0 and 1")
-        if self.cross_entropy <= 0 and self.distil <= 0:
-            raise UsageError("cross_entropy or distil must be positive")
+        for name in _COUNTS:
+            check_count(name, getattr(self, name), 1)
+        check_count("seed", self.seed, 0)
+        for name in (*_FRACTIONS, *_NOT_NEGATIVE):
+            value = getattr(self, name)
+            if not is_finite(value) or value < 0 or (name in _FRACTIONS and value > 1):
+                wanted = "0 to 1" if name in _FRACTIONS else "0 or more"
+                raise UsageError(f"{name} is no number that it may be", expected=wanted, found=repr(value))
+        for name in _POSITIVE:
+            if getattr(self, name) == 0:
+                raise UsageError(f"{name} must be positive", found=0)
+        pair = self.betas if isinstance(self.betas, (tuple, list)) else ()
+        if not (len(pair) == 2 and all(is_finite(beta) and 0 <= beta < 1 for beta in pair)):
+            raise UsageError("betas are two numbers", expected="each from 0 to less than 1", found=repr(self.betas))
+        if self.cross_entropy == self.distil == 0:
+            raise UsageError("without cross_entropy and distil there is no loss", hint="Let one of them be positive")
 
     @property
     def step_tokens(self) -> int:
