@@ -86,7 +86,7 @@ def refuse(checkpoint: Checkpoint, bases: Mapping[str, Base], missing: Sequence[
     """Raise `WrongBaseError`: a checkpoint is none of an archive's bases; say how it differs from the one it should be.
 
     Args:
-        missing: ids of the bases that nothing else given is.
+        missing: ids of the bases that nothing else given is; at least one.
     """
     if len(missing) == 1:
         base = bases[missing[0]]
@@ -96,7 +96,7 @@ def refuse(checkpoint: Checkpoint, bases: Mapping[str, Base], missing: Sequence[
     raise WrongBaseError(
         f"'{checkpoint.location}' is none of its bases",
         where=archive,
-        expected=" or ".join(bases[name].repo or bases[name].digest for name in missing or bases),
-        hint="Pass the bases that it was packed against" if missing else "Leave it out: all that are needed are given",
+        expected=" or ".join(bases[name].repo or bases[name].digest for name in missing),
+        hint="Pass the bases that it was packed against",
         reason="base-mismatch",
     )

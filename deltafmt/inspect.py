@@ -6,9 +6,8 @@ import time
 
 from .limits import DEFAULT_LIMITS, Limits
 from .report import InspectReport
-from .roles import refers_to, role_bytes, tensor_reports
+from .roles import checkpoint_bytes, refers_to, role_bytes, tensor_reports
 from .sources import PathLike, open_archive
-from .verify import checkpoint_bytes
 
 
 def inspect(src: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> InspectReport:
@@ -23,7 +22,7 @@ def inspect(src: PathLike, *, limits: Limits = DEFAULT_LIMITS) -> InspectReport:
         weights, index = [file.name for file in manifest.checkpoint.files], manifest.checkpoint.index
         reports = tensor_reports(manifest, archive.stored_size)
         return InspectReport(
-            logical_bytes=checkpoint_bytes(archive),
+            logical_bytes=checkpoint_bytes(manifest),
             stored_bytes=archive.input_bytes,
             exact=manifest.exact,
             max_rel_error=max((report.rel_error or 0.0 for report in reports.values()), default=0.0),

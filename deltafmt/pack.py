@@ -23,10 +23,11 @@ from .methods.lossless import Coding, choose
 from .methods.lowrank import Factored, LowrankMethod, Request
 from .methods.prediction import Elements, Referred
 from .methods.sharing import Parts, shared_layers
-from .names import MISLEADING
+from .names import is_misleading
 from .operators import Ref
 from .operators.patch import predicts
 from .pipeline import IN_FLIGHT_BYTES, Pipeline
+from .reader import Archive
 from .repack import Repacker
 from .report import PackReport, Progress, silent
 from .roles import pack_report
@@ -167,8 +168,9 @@ def pack(
             packer.identify_base(name, *provenance(origin))
         if request is not None:
             packer.plan(request)
-        elif share is not None:
-            packer.share(shared_layers(checkpoint, share, share_parts).anchors)
+        anchors = shared_layers(checkpoint, share, share_parts).anchors if share is not None else {}
+        if request is None:
+            packer.share(anchors)
         manifest = packer.run()
         area.commit()
     return pack_report(
@@ -176,7 +178,7 @@ def pack(
         packer.array_bytes,
         started,
         single_file=single_file,
-        logical_bytes=checkpoint.input_bytes,
+        **({} if isinstance(checkpoint, Archive) else {"logical_bytes": checkpoint.input_bytes}),
         source=str(src),
         destination=str(dst),
         base=str(given[0]) if given else None,
@@ -185,13 +187,27 @@ def pack(
         method="lossless" if request is None else "lowrank",
         dry_run=dry_run,
         non_finite=packer.non_finite,
+        notes=tuple(_in_vain(manifest, anchors, lossy)),
     )
+
+
+def _in_vain(manifest: Manifest, anchors: Mapping[str, str], lossy: bool) -> Iterator[str]:
+    """What was asked for and came to nothing, in words.
+
+    Args:
+        anchors: tensors that might have shared one of their anchor layer.
+    """
+    nodes = (node for name in anchors for node in manifest.tensors[name].recipe.walk())
+    if anchors and not any(isinstance(node, Ref) and node.base is None for node in nodes):
+        yield "no layer shares anything: no tensor is smaller as a difference to that of its anchor layer"
+    if lossy and manifest.exact:
+        yield "no tensor became low rank: all of them are stored without loss"
 
 
 def _check_file_name(name: str) -> None:
     if not name.endswith(".safetensors"):
         raise UsageError("a single file must be named *.safetensors", found=name, hint="Add the suffix to the name")
-    if name in MISLEADING:
+    if is_misleading(name):
         what = "a single file of this name would make other tools load an archive wrongly"
         raise UsageError(what, found=name, hint="Choose another name")
 

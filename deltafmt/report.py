@@ -56,7 +56,8 @@ class PackReport(Report):
     """`roles` is that of `InspectReport`.
 
     `base` is the first base given, `bases` are all; reading the archive takes those in `bases_needed`.
-    `non_finite` counts the NaN and infinities of tensors that stay lossless for them, though more was asked.
+    `non_finite` counts the NaN and infinities of tensors that stay lossless for them, though more was asked. `notes`
+    say, in words, what else was asked for and came to nothing.
     """
 
     source: str = ""
@@ -67,11 +68,20 @@ class PackReport(Report):
     method: str = "lossless"
     dry_run: bool = False
     non_finite: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     roles: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class UnpackReport(Report):
+    """`written_bytes` is the size of what was written; it is `logical_bytes` unless tensors were cast or moved.
+
+    `exact` is false if a tensor was cast. The `dtype` of a tensor is the one it was written in, its `logical_bytes` are
+    those of the original, and `rel_error` counts what its finite values lost to the cast. Of a tensor that was an
+    approximation before, it is the most that both errors can make together.
+    """
+
+    written_bytes: int = 0
     source: str = ""
     destination: str = ""
     files: tuple[str, ...] = ()

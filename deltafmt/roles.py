@@ -51,6 +51,13 @@ def role_bytes(
     return roles
 
 
+def checkpoint_bytes(manifest: Manifest) -> int:
+    """Bytes of the original checkpoint as safetensors: weight files, index and sidecars."""
+    texts = sum(manifest.arrays[name].numel for name in manifest.checkpoint.arrays)
+    sidecars = sum(sidecar.size for sidecar in manifest.sidecars.values())
+    return 8 * len(manifest.checkpoint.files) + texts + manifest.logical_bytes + sidecars
+
+
 def method(tensor: Tensor, manifest: Manifest) -> str:
     """How a tensor is stored.
 
@@ -111,14 +118,15 @@ def pack_report(
 
     Args:
         started: when, by `time.perf_counter`.
-        facts: fields of the report that the manifest does not tell; `logical_bytes` if files count that it leaves out.
+        facts: fields of the report that the manifest does not tell; `logical_bytes` if the input may have had
+            another size, as a pickle has.
     """
     manifest_bytes = len(manifest.to_bytes())
     stored = manifest.archive_bytes(manifest_bytes, single_file=single_file)
     reports = tensor_reports(manifest, array_bytes)
     errors = [report.rel_error for report in reports.values() if report.rel_error is not None]
     return PackReport(
-        **{"logical_bytes": manifest.logical_bytes} | facts,
+        **{"logical_bytes": checkpoint_bytes(manifest)} | facts,
         stored_bytes=stored,
         exact=manifest.exact,
         max_rel_error=max(errors, default=0.0),

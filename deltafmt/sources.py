@@ -49,18 +49,19 @@ def open_archive(path: PathLike, base: Bases | None = None, *, limits: Limits = 
 
     Args:
         path: the archive's directory or single file, or a Hub id.
-        base: the base or bases it was packed against. Which is which is told by their content, unless ids say so.
+        base: the base or bases it was packed against. Which is which is told by their content, unless ids say so; those
+            that `pack` was given and had no use for are not read.
 
     Raises:
         MalformedError, UnsupportedError, IntegrityError: as spec/reasons.md says.
-        WrongBaseError: `base` is another model, or one of them is.
+        WrongBaseError: `base` is another model, or one of them is, and the right one is not there.
         UsageError: the archive has no base of an id given; or two of `base` are the same model.
     """
     return _open_archive(local_path(path, missing_is_malformed=True), base, limits, strict=True)
 
 
 def _open_archive(folder: Path, base: Bases | None, limits: Limits, *, strict: bool) -> Archive:
-    """`strict`: refuse what is given and is none of the bases."""
+    """`strict`: refuse what is given and is none of the bases, where one of these is missing."""
     with contextlib.ExitStack() as opened:
         given = [opened.enter_context(open_source(each, limits=limits)) for each in each_base(base)]
         found: dict[str, Checkpoint] = {}
@@ -70,8 +71,9 @@ def _open_archive(folder: Path, base: Bases | None, limits: Limits, *, strict: b
         elif given:
             known = read_manifest(folder, limits).bases
             found, others = matched(known, given)
-            if others and known and strict:  # where no base is needed, one does no harm
-                refuse(others[0], known, [name for name in known if name not in found], str(folder))
+            missing = [name for name in known if name not in found]
+            if others and missing and strict:  # where all that are needed are there, another does no harm
+                refuse(others[0], known, missing, str(folder))
         archive = Archive(folder, found, limits=limits)
         opened.pop_all()  # what it took is closed with it
     for checkpoint in others:

@@ -67,19 +67,20 @@ def _(report: PackReport) -> Iterator[RenderableType]:
     yield from _worst(report.tensors)
     for name, found in report.non_finite.items():
         yield Text(f"{escaped(name)} stays lossless: {count(found, 'value')} not finite", style="yellow")
+    for note in report.notes:
+        yield Text(f"Note: {note}.", style="yellow")
     if report.dry_run:
         yield Text("Dry run: nothing was written.", style="bold yellow")
 
 
 @_parts.register
 def _(report: UnpackReport) -> Iterator[RenderableType]:
-    is_cast = not report.exact and not report.max_rel_error
     yield new_facts(
         [
             ("archive", f"{size(report.stored_bytes)}  {escaped(report.source)}"),
-            ("output", f"{size(report.logical_bytes)}  {escaped(report.destination)}"),
+            ("output", f"{size(report.written_bytes)}  {escaped(report.destination)}"),
             ("files", _listed(report.files)),
-            ("values", "cast to another dtype" if is_cast else _fidelity(report, checked=True)),
+            ("values", _fidelity(report, checked=True)),
             ("time", _time(report.logical_bytes, report.seconds)),
         ]
     )
@@ -301,6 +302,8 @@ def _ratio_in_words(report: Report) -> str:
 def _fidelity(report: Report, *, checked: bool = False) -> str:
     if report.exact:
         return f"exact: every tensor {'is' if checked else 'comes back'} equal to the original, bit for bit"
+    if report.max_rel_error == 0:
+        return "no error was measured, but not every tensor is the original bit for bit"
     return f"approximate: relative error at most {report.max_rel_error:.3g}"
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import time
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,10 +24,12 @@ from .pieces import Piece, check_rest_of_bases, pieces
 from .pipeline import IN_FLIGHT_BYTES, Pipeline
 from .reader import Archive
 from .report import Progress, UnpackReport, silent
-from .roles import tensor_reports
+from .roles import checkpoint_bytes, tensor_reports
 from .scratch import BufferPool
 from .sources import Bases, PathLike, check_apart, each_base, open_archive
 from .writer import copied
+
+_BLOCK_ELEMENTS = 1 << 16  # of which norms are taken at a time
 
 
 def unpack(
@@ -49,7 +54,7 @@ def unpack(
         dst: the directory to create.
         base: the base it was packed against, if it was: a path, a Hub id, a sequence of these in any order if there are
             several, or a mapping of base ids to these.
-        dtype: cast float tensors (`bfloat16`, `float16`, `float32`, `float64`).
+        dtype: cast float tensors (`bfloat16`, `float16`, `float32`, `float64`); the report says what that loses.
         max_shard_size: bytes; write new shards of at most this size in place of the original ones.
         jobs: threads; one per processor if None.
         overwrite: replace `dst` if it holds a checkpoint or an archive.
@@ -83,71 +88,115 @@ def unpack(
             archive.check_sidecar(name, found)
         check_rest_of_bases(archive, pipeline)
         area.commit()
-        reports = tensor_reports(archive.manifest, archive.stored_size)
+        reports = {
+            name: replace(report, dtype=unpacker.dtypes[name], rel_error=unpacker.errors.get(name, report.rel_error))
+            for name, report in tensor_reports(archive.manifest, archive.stored_size).items()
+        }
         files = (
             *(output.name for output in layout.files),
             *archive.sidecars,
             *([layout.index[0]] if layout.index else []),
         )
         return UnpackReport(
-            logical_bytes=sum((Path(dst) / name).stat().st_size for name in files),
+            logical_bytes=checkpoint_bytes(archive.manifest),
             stored_bytes=archive.input_bytes,
-            exact=archive.manifest.exact and cast is None,
+            exact=archive.manifest.exact and not unpacker.errors,
             max_rel_error=max((report.rel_error or 0.0 for report in reports.values()), default=0.0),
             seconds=time.perf_counter() - started,
             tensors=reports,
+            written_bytes=sum((Path(dst) / name).stat().st_size for name in files),
             source=str(src),
             destination=str(dst),
             files=tuple(sorted(files)),
         )
 
 
+class _Written(NamedTuple):
+    """A piece of a tensor; if it was cast, the squared norms of what its finite values lost thereby, and of these."""
+
+    bits: Bits
+    lost: float = 0.0
+    norm: float = 0.0
+
+
 class _Unpacker:
+    """Writes weight files.
+
+    Attributes:
+        dtypes: in which each tensor was written.
+        errors: the relative error of each tensor that was cast.
+    """
+
     def __init__(self, archive: Archive, pipeline: Pipeline, progress: Progress) -> None:
         self._archive, self._pipeline, self._progress = archive, pipeline, progress
         self._buffers = BufferPool(IN_FLIGHT_BYTES)
         self._done = 0
         self._total = archive.manifest.logical_bytes
+        self.dtypes: dict[str, str] = {}
+        self.errors: dict[str, float] = {}
 
     def write(self, output: OutputFile, file: NewFile) -> None:
         """Write one weight file: rebuilt and written piece by piece in parallel, digested in order."""
         file.append(len(output.header).to_bytes(8, "little") + output.header)
         begins = dict(zip(output.tensors, accumulate(info.nbytes for info in output.tensors.values()), strict=True))
         begins = {name: file.position + end - output.tensors[name].nbytes for name, end in begins.items()}
+        self.dtypes.update((name, info.dtype.name) for name, info in output.tensors.items())
         running = hashlib.sha256()
-        for piece, bits in self._pipeline.ordered(
+        lost = norm = 0.0
+        for piece, written in self._pipeline.ordered(
             pieces(self._archive, output.tensors, self._pipeline),
             lambda piece: self._rebuild(piece, output.tensors[piece.name].dtype, file, begins[piece.name]),
             lambda piece: piece.nbytes,
         ):
             self._progress(self._done, self._total, piece.name)
-            self._done += bits.nbytes
+            self._done += written.bits.nbytes
+            lost, norm = lost + written.lost, norm + written.norm
             if self._archive.manifest.tensors[piece.name].exact:
-                running.update(bits)
+                running.update(written.bits)
                 if piece.last:
                     self._archive.check_tensor(piece.name, "sha256:" + running.hexdigest())
                     running = hashlib.sha256()
-            self._buffers.give(bits)
+            if piece.last:
+                if self._archive.tensors[piece.name].dtype != output.tensors[piece.name].dtype:
+                    self.errors[piece.name] = self._error(piece.name, lost, norm)
+                lost = norm = 0.0
+            self._buffers.give(written.bits)
         file.finish()
 
-    def _rebuild(self, piece: Piece, dtype: Dtype, file: NewFile, begin: int) -> Bits:
+    def _error(self, name: str, lost: float, norm: float) -> float:
+        """The relative error of a tensor that was cast, to the original: at most that, if it was an approximation."""
+        error = math.sqrt(lost / norm) if norm else math.sqrt(lost)
+        before = self._archive.manifest.tensors[name].rel_error or 0.0
+        return before + error * (1 + before)  # the norm of what was cast is at most 1 + before times the original's
+
+    def _rebuild(self, piece: Piece, dtype: Dtype, file: NewFile, begin: int) -> _Written:
         """Rebuild a piece and write it as `dtype` into the tensor that begins at byte `begin` of the file."""
         rebuilder = piece.rebuilder.result()
         bits = self._buffers.take(rebuilder.dtype.bits, piece.hi - piece.lo)
         rebuilder.read(piece.lo, piece.hi, bits)
-        written = bits if dtype == rebuilder.dtype else _cast(bits, rebuilder.dtype, dtype, piece.name)
-        file.write_at(begin + piece.lo * dtype.width, written)
-        return bits
+        lost = norm = 0.0
+        cast = bits
+        if dtype != rebuilder.dtype:
+            cast, lost, norm = _cast(bits, rebuilder.dtype, dtype, piece.name)
+        file.write_at(begin + piece.lo * dtype.width, cast)
+        return _Written(bits, lost, norm)
 
 
-def _cast(bits: Bits, source: Dtype, target: Dtype, name: str) -> Bits:
+def _cast(bits: Bits, source: Dtype, target: Dtype, name: str) -> _Written:
     """Elements in another float dtype. Raises `UsageError` if a finite value would become infinite."""
     values = widen(bits, source, np.dtype("f8" if "F64" in (source.name, target.name) else "f4"))
     rounded = round_to(values, target)
-    overflowed = np.isfinite(values) & ~np.isfinite(widen(rounded, target, values.dtype))
+    back, finite = widen(rounded, target, values.dtype), np.isfinite(values)
+    overflowed = finite & ~np.isfinite(back)
     if overflowed.any():
         raise UsageError(
             f"{np.count_nonzero(overflowed)} values of tensor '{escaped(name)}' are too large for {target.name}",
             hint="Choose a wider dtype, such as bfloat16 or float32",
         )
-    return rounded
+    lost = norm = 0.0
+    for begin in range(0, values.size, _BLOCK_ELEMENTS):
+        block = slice(begin, begin + _BLOCK_ELEMENTS)
+        exact, found = (np.where(finite[block], each[block], 0).astype("f8", copy=False) for each in (values, back))
+        wrong = found - exact
+        lost, norm = lost + float(np.dot(wrong, wrong)), norm + float(np.dot(exact, exact))
+    return _Written(rounded, lost, norm)

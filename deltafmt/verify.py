@@ -23,7 +23,7 @@ from .pieces import Piece, check_rest_of_bases, pieces
 from .pipeline import Pipeline
 from .reader import Archive
 from .report import Progress, VerifyReport, silent
-from .roles import tensor_reports
+from .roles import checkpoint_bytes, tensor_reports
 from .sources import Bases, PathLike, open_archive, open_source
 
 _PIECE_ELEMENTS = 1 << 20
@@ -76,7 +76,7 @@ def verify(
             for name, report in tensor_reports(archive.manifest, archive.stored_size).items()
         }
         return VerifyReport(
-            logical_bytes=checkpoint_bytes(archive),
+            logical_bytes=checkpoint_bytes(archive.manifest),
             stored_bytes=archive.input_bytes,
             exact=archive.manifest.exact,
             max_rel_error=max((report.rel_error or 0.0 for report in reports.values()), default=0.0),
@@ -93,18 +93,6 @@ def verify(
             unchecked=tuple(checker.unchecked),
             differences=differences,
         )
-
-
-def checkpoint_bytes(archive: Archive) -> int:
-    """Bytes of the original checkpoint as safetensors: weight files, index and sidecars."""
-    headers = sum(8 + archive.manifest.arrays[file.header].numel for file in archive.manifest.checkpoint.files)
-    index = archive.manifest.checkpoint.index
-    return (
-        headers
-        + (archive.manifest.arrays[index[1]].numel if index else 0)
-        + archive.manifest.logical_bytes
-        + sum(sidecar.size for sidecar in archive.manifest.sidecars.values())
-    )
 
 
 class _Compared(NamedTuple):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 import deltafmt
 from deltafmt import IntegrityError, UsageError
@@ -137,6 +138,87 @@ def test_indices_out_of_range(opened: tuple[str, deltafmt.OpenArchive], name: st
         opened[1].get_slice(name)[index]
 
 
+@pytest.fixture(scope="module")
+def plain(room: Room) -> Iterator[tuple[Any, deltafmt.OpenArchive]]:
+    """The checkpoint through safetensors itself, as torch tensors, and its archive."""
+    with (
+        safe_open(room.packed.parent / "src/model.safetensors", "pt", device="cpu") as theirs,
+        deltafmt.open(room.packed, base=room.base, framework="pt", device="cpu") as ours,
+    ):
+        yield theirs, ours
+
+
+@st.composite
+def _like_safetensors(draw: st.DrawFn) -> tuple[str, Any]:
+    """What safetensors takes as well: steps of at least 1, and a list of integers for one dimension."""
+    name, index = draw(_case(negative_steps=False))
+    shape = SHAPES.get(name, (50, 20) if name in ("zeros", "tied") else SHAPES["cube"])
+    parts = list(index) if isinstance(index, tuple) else [index]
+    ellipsis = parts.index(Ellipsis) if Ellipsis in parts else len(parts)
+    places = [place for place in range(len(parts)) if place != ellipsis]
+    if draw(st.booleans()) and places:
+        place = draw(st.sampled_from(places))
+        size = shape[place if place < ellipsis else place - len(parts)]
+        parts[place] = draw(st.lists(st.integers(-size, size - 1), max_size=5)) if size else []
+    return name, tuple(parts)
+
+
+@_SETTINGS
+@given(case=_like_safetensors())
+def test_slices_are_those_of_safetensors(plain: tuple[Any, deltafmt.OpenArchive], case: tuple[str, Any]) -> None:
+    theirs, ours = (each.get_slice(case[0])[case[1]] for each in plain)
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(ours, theirs)
+
+
+def test_all_that_safe_open_has(plain: tuple[Any, deltafmt.OpenArchive]) -> None:
+    theirs, ours = plain
+    assert {name for name in dir(theirs) if name[0] != "_"} <= {name for name in dir(ours) if name[0] != "_"}
+    expected, found = theirs.get_tensors(), ours.get_tensors()
+    assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("index", [[1, 2, 3], range(1, 4), np.array([1, 2, 3]), torch.tensor([1, 2, 3])], ids=repr)
+def test_lists_of_indices(room: Room, opened: tuple[str, deltafmt.OpenArchive], index: Any) -> None:
+    matrix = room.arrays["matrix"]
+    for found, expected in (
+        (opened[1].get_slice("matrix")[index], matrix[1:4]),
+        (opened[1].get_slice("matrix")[2:9, index], matrix[2:9, 1:4]),
+        (opened[1].get_slice("matrix")[-1, index], matrix[-1, 1:4]),
+    ):
+        assert np.array_equal(np.asarray(found), expected)
+
+
+@pytest.mark.parametrize(
+    ("index", "kind"),
+    [
+        (True, TypeError), ((0, False), TypeError), (np.bool_(True), TypeError), (torch.tensor(True), TypeError),
+        ([True, False], TypeError), (np.ones(40, bool), TypeError), (None, TypeError), ((0, None), TypeError),
+        ([[1, 2]], TypeError), ([0.5], TypeError), (1.0, TypeError), ("0", TypeError),
+        ([0, 40], IndexError), ((0, [31]), IndexError), (([0], [0]), IndexError), ((0, 0, [0]), IndexError),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_no_index(opened: tuple[str, deltafmt.OpenArchive], index: Any, kind: type[Exception]) -> None:
+    """A bool least of all: of numpy, safetensors and torch each takes it for something else."""
+    with pytest.raises(kind):
+        opened[1].get_slice("matrix")[index]
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", 1.5, -7])
+@pytest.mark.parametrize("framework", ["np", "pt"])
+def test_devices_that_are_not_there(room: Room, framework: Any, device: Any) -> None:
+    with pytest.raises(UsageError, match="device"):
+        deltafmt.open(room.packed, base=room.base, framework=framework, device=device)
+
+
+def test_devices(room: Room) -> None:
+    for device in ("cpu", None, torch.device("cpu")):
+        deltafmt.open(room.packed, base=room.base, framework="np", device=device).close()
+    for device in ("meta", torch.device("meta")):  # every torch has it
+        with deltafmt.open(room.packed, base=room.base, framework="pt", device=device) as archive:
+            assert archive.get_tensor("matrix").device.type == archive.get_slice("cube")[1:].device.type == "meta"
+
+
 def test_unknown_names_and_closed_archives(room: Room) -> None:
     with deltafmt.open(room.packed, base=room.base) as archive:
         view = archive.get_slice("matrix")
@@ -144,6 +226,10 @@ def test_unknown_names_and_closed_archives(room: Room) -> None:
             archive.get_tensor("Matrix")
         with pytest.raises(UsageError):
             archive.get_slice("a\nb")
+        for name in (3, None, b"matrix", ["matrix"]):
+            for get in (archive.get_tensor, archive.get_slice):
+                with pytest.raises(UsageError, match="there is no tensor"):
+                    get(name)  # type: ignore[arg-type]
     for read in (lambda: archive.get_tensor("matrix"), lambda: archive.get_slice("matrix"), lambda: view[0]):
         with pytest.raises(UsageError):
             read()
