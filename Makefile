@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The first constrains what is installed, the second (newer pip) what the package is built with.
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check slow bench vectors clean
+.PHONY: demo test check slow bench engines vectors clean
 
 ## demo: pack a real fine-tune against its real base, verify, unpack, compare byte for byte
 demo: $(VENV)/installed
@@ -34,6 +34,10 @@ bench: $(VENV)/installed-bench
 	$(BIN)/python tools/bench_serving.py
 	$(BIN)/python tools/bench_memory.py
 	$(BIN)/python tools/bench_open.py
+
+## engines: the plugins against vLLM's and SGLang's own source, some 400 MB from the package index; nothing else needs it
+engines: $(VENV)/installed-dev
+	$(BIN)/python tools/check_engines.py
 
 ## vectors: write the conformance vectors in spec/vectors anew
 vectors: $(VENV)/installed-dev

@@ -6,9 +6,10 @@
 The reader tells the planner of every tensor whole; which block of it a rank wants (any placement of a `DTensor`, any
 mesh, or plain tensors) is the planner's affair. Loading needs no room beyond the destination but a few MiB.
 
-Split by rows (`Shard(0)`), a rank reads and rebuilds its rows and no others. Split by columns (`Shard(1)`), it computes
-its columns of a low-rank product and of what that is added to; stored and base tensors are decoded in whole rows, as
-their chunks hold them, and lossless patches are made in whole rows.
+Split by rows (`Shard(0)`), a rank reads the chunks that hold its rows, about 256K elements each, and rebuilds its rows
+and no others. Split by columns (`Shard(1)`), it computes its columns of a low-rank product and of what that is added
+to, but reads as much as for the whole tensor: chunks hold whole rows, so stored and base tensors are decoded in these,
+and lossless patches are made in these.
 
 A tensor that a model has under two names (tied weights) and the checkpoint under one is in the archive under one, too:
 leave the other out of the state dict, or pass `DefaultLoadPlanner(allow_partial_load=True)`.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import math
 import os
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -132,8 +134,8 @@ class DeltafmtReader(StorageReader):
         deeper: list[Any] = [slice(at, at + length) for at, length in zip(further, lengths, strict=True)]
         inner = math.prod(shape[2:])  # elements of one column: further dimensions are read whole
         step = max(rebuilder.rows_in(_BLOCK_ELEMENTS), 1)
-        for begin in range(top, top + rows, step):
-            end = min(begin + step, top + rows)
+        # Blocks end where chunks do, so that only the first and the last chunk of a part may be decoded for few rows.
+        for begin, end in pairwise([top, *range((top // step + 1) * step, top + rows, step), top + rows]):
             part = Rectangle(begin, end, left * inner, (left + columns) * inner)
             block = torch.empty(part.shape, dtype=torch_dtype(dtype))
             bits = block.view(torch.uint8).numpy().view(dtype.bits)

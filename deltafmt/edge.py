@@ -1,8 +1,10 @@
 """Reading on small devices: numpy arrays of common types, and as much of a low-rank archive as there is room for.
 
-Needs the bare package only. An archive in a single file (`pack --single-file`) brings its sidecars along.
+Needs the bare package only: of what comes with that numpy, zstandard, xxhash (each chunk has a checksum), ml_dtypes
+(bfloat16 and float8) and threadpoolctl; no torch, no transformers. An archive in a single file (`pack --single-file`)
+brings its sidecars along.
 
-    with edge.open("model.safetensors", max_bytes=300_000_000) as model:
+    with edge.open("packed.safetensors", max_bytes=300_000_000) as model:
         tokenizer = model.sidecar("tokenizer.json")
         weight = model.get("model.layers.0.mlp.up_proj.weight", "float32")
 """

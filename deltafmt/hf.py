@@ -22,7 +22,7 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ from .durable import Staging
 from .errors import AccessError, DeltafmtError, MalformedError, MissingExtraError, UsageError
 from .manifest import Sidecar
 from .names import MANIFEST
-from .reader import is_archive, read_manifest
+from .reader import Archive, is_archive, read_manifest
 from .sources import Bases, PathLike
 from .sources import open_archive as open_for_reading
 from .torch import LazyTensor, load_model
 from .torch.model import check_configuration
 from .torch.skeleton import CONFIG, foreign_errors, generation_config, named_classes, no_config, settings
-from .torch.tensors import Cast, torch_dtype
+from .torch.tensors import Cast, SharedPieces, nbytes, new_cast, room_for, torch_dtype
 
 try:
     import torch
@@ -55,8 +55,11 @@ OLDEST = "5.0"
 """The first version of transformers whose loader takes lazy slices."""
 STUB = "modeling_deltafmt.py"
 _GENERATION = "generation_config.json"
+_NO_CLASS = "Upgrade transformers, or do without --auto-map (write_auto_map in Python)"
 _MODES = ("mode", "rank", "max_bytes")
 _BOOKKEEPING = frozenset({"_from_auto", "_from_pipeline", "adapter_kwargs", "weights_only", "use_safetensors"})
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+_SEVERAL = "several devices"
 _DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
@@ -64,8 +67,8 @@ def register() -> None:
     """Make `from_pretrained` take archives. Importing this module has done it; doing it again changes nothing.
 
     For archives `from_pretrained` takes more arguments: `base`, as of `deltafmt.open`; and `mode`, `rank` and
-    `max_bytes`, as of `deltafmt.torch.load_model`. Of its own it takes `dtype`, `device_map` (one device) and
-    `trust_remote_code` with these, and the class must be the one that `config.json` names.
+    `max_bytes`, as of `deltafmt.torch.load_model`. Of its own it takes `dtype`, `device_map` (one device),
+    `attn_implementation` and `trust_remote_code` with these, and the class must be the one that `config.json` names.
 
     Raises `MissingExtraError` if transformers is older than `OLDEST`.
     """
@@ -144,6 +147,7 @@ def _explained(folder: Path, options: Mapping[str, Any]) -> Iterator[None]:
     config.json is to blame, and say so; its own error stands if not."""
     for option in ("dtype", "torch_dtype"):
         _check_dtype(options.get(option))
+    _check_devices(options.get("device_map"))
     own, trusted = options.get("config") is None, bool(options.get("trust_remote_code"))
     if own:
         _refuse_single_file(folder)
@@ -180,6 +184,23 @@ def _check_dtype(dtype: Any) -> None:
         )
 
 
+def _check_devices(device_map: Any) -> None:
+    """Raise `UsageError` for a device that there is not."""
+    for device in device_map.values() if isinstance(device_map, Mapping) else [device_map]:
+        if device not in (None, "disk", "meta", *_SPREAD):
+            new_cast(device, None)
+
+
+def _one_device(device_map: Any) -> Any:
+    """The only one that a model goes to; `_SEVERAL` if there are more."""
+    if isinstance(device_map, Mapping):
+        places = {str(place): place for place in device_map.values()}
+        return next(iter(places.values())) if len(places) == 1 else _SEVERAL
+    if isinstance(device_map, str) and device_map in _SPREAD:
+        return _SEVERAL if torch.accelerator.is_available() else "cpu"
+    return device_map
+
+
 def _downloaded(repo: str, subfolder: str, options: Mapping[str, Any]) -> Path | None:
     """The files of an archive on the Hub, in the cache of transformers; None if there is no archive."""
     download = {name: options[name] for name in _DOWNLOAD if name in options} | {"subfolder": subfolder}
@@ -205,13 +226,25 @@ def _load(original: Any, folder: Path, name: str, args: tuple[Any, ...], kwargs:
     if kwargs.get("config") is None:
         kwargs["config"] = str(folder)
     with open_archive(folder, base, framework="pt") as archive, archive.computing():
-        weights = {tensor: _Weight(archive.get_slice(tensor), Cast()) for tensor in archive.keys()}  # noqa: SIM118
-        loaded = original(None, *args, state_dict=weights, **kwargs)
+        shared = SharedPieces(archive)
+        weights = {tensor: _Weight(shared.get_slice(tensor), Cast()) for tensor in archive.keys()}  # noqa: SIM118
+        with _room_for_all(archive._archive, kwargs):
+            loaded = original(None, *args, state_dict=weights, **kwargs)
     model = loaded[0] if kwargs.get("output_loading_info") else loaded
     model.name_or_path = model.config.name_or_path = name
     if model.can_generate() and kwargs.get("generation_config") is None:
         model.generation_config = generation_config(folder, str(folder / _GENERATION)) or model.generation_config
     return loaded
+
+
+def _room_for_all(archive: Archive, options: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """`room_for` all weights as transformers is asked to hold them; where it may use the disk, no device is blamed."""
+    dtype = options.get("dtype") or options.get("torch_dtype")
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    needed = nbytes(archive, Cast(None, dtype if isinstance(dtype, torch.dtype) else None))
+    device = _one_device(options.get("device_map"))
+    place = None if device in (_SEVERAL, "disk", "meta") else new_cast(device, None).device
+    return room_for(needed, place, "Take another device or dtype, mode='fused' with max_bytes=, or mode='lazy'")
 
 
 def _load_as(cls: Any, folder: Path, asked: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -222,20 +255,23 @@ def _load_as(cls: Any, folder: Path, asked: dict[str, Any], args: tuple[Any, ...
     passed = asked | {name: kwargs.pop(name) for name in ("base", "trust_remote_code") if name in kwargs}
     dtype = kwargs.pop("torch_dtype", None)
     dtype = kwargs.pop("dtype", None) or dtype
-    device = kwargs.pop("device_map", None)
-    if isinstance(device, Mapping):
-        device = device.get("") if len(device) == 1 else "several devices"
+    device_map = kwargs.pop("device_map", None)
+    device = _one_device(device_map)
     config = kwargs.pop("config", None)
     where = str(folder / CONFIG)
     with foreign_errors(where, "transformers cannot read it"):
         own = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=passed.get("trust_remote_code"))
-    changed = isinstance(config, transformers.PreTrainedConfig) and _told_apart(config) != _told_apart(own)
+    given = isinstance(config, transformers.PreTrainedConfig)
+    changed = given and settings(config) != settings(own)
+    attention = kwargs.pop("attn_implementation", None) or (config._attn_implementation if given else None)
     left = sorted(name for name, value in kwargs.items() if name not in _BOOKKEEPING and value)
-    if args or left or changed or device in ("auto", "balanced", "balanced_low_0", "sequential", "several devices"):
+    if args or left or changed or device == _SEVERAL:
+        changes = "changes to the configuration" if args or changed else f"device_map={str(device_map)[:80]!r}"
         raise UsageError(
-            "mode, rank and max_bytes go with dtype, trust_remote_code and a device_map of one device only",
+            "mode, rank and max_bytes go with dtype, attn_implementation, trust_remote_code and a device_map of one "
+            "device only",
             where=str(folder),
-            found=", ".join(left) or ("changes to the configuration" if args or changed else f"device_map={device!r}"),
+            found=", ".join(left) or changes,
             hint="Leave the others out, or load it without mode, rank and max_bytes",
         )
     named = named_classes(own, where)
@@ -247,12 +283,8 @@ def _load_as(cls: Any, folder: Path, asked: dict[str, Any], args: tuple[Any, ...
             found=cls.__name__,
         )
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    return load_model(folder, dtype=None if dtype == "auto" else dtype, device=device, **passed)
-
-
-def _told_apart(config: Any) -> dict[str, Any]:
-    """What two configurations are compared by; the dtype is an argument of its own."""
-    return {**settings(config), "attention": config._attn_implementation}
+    dtype = None if dtype == "auto" else dtype
+    return load_model(folder, dtype=dtype, device=device, attn_implementation=attention, **passed)
 
 
 class _Weight(LazyTensor):
@@ -334,7 +366,7 @@ def _auto_classes(config: Any, where: str) -> list[str]:
     """Names of the Auto classes that know a model."""
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in transformers.CONFIG_MAPPING:
-        raise UsageError("a model that transformers does not know", where=where, found=kind)
+        raise UsageError("a model that transformers does not know", where=where, found=kind, hint=_NO_CLASS)
     kind_of_config = transformers.CONFIG_MAPPING[kind]
     found = [
         name
@@ -344,7 +376,7 @@ def _auto_classes(config: Any, where: str) -> list[str]:
         and kind_of_config in getattr(modeling_auto, name)._model_mapping
     ]
     if not found:
-        raise UsageError("no Auto class knows the model", where=where, found=kind)
+        raise UsageError("no Auto class knows the model", where=where, found=kind, hint=_NO_CLASS)
     return found
 
 

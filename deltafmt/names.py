@@ -13,9 +13,11 @@ MISLEADING = ("model.safetensors", "model.safetensors.index.json")
 CHUNK_TABLE = "deltafmt.chunks"
 SIDECAR_PREFIX = "deltafmt.sidecar/"
 """And the name of a sidecar: an array in the single-file form."""
-TRAINING_STATE = ("training.safetensors", "training.json")
-"""Sidecars of a training's checkpoint that only resuming takes."""
 SHARD_PATTERN = re.compile(r"deltafmt-[^/]*\.safetensors")
+_TAKEN_FOR_WEIGHTS = re.compile(
+    r"(model|pytorch_model|adapter_model|diffusion_pytorch_model)(\..+)?(-[0-9]+-of-[0-9]+)?\.safetensors"
+)
+"""What other tools load by itself, as a variant (`model.fp16.safetensors`), or as one shard of several."""
 BASE_ID = re.compile(r"[a-z0-9_-]{1,64}")
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, lone surrogates
@@ -30,6 +32,12 @@ def shard_name(index: int, count: int) -> str:
 
 def is_shard_name(name: str) -> bool:
     return SHARD_PATTERN.fullmatch(name) is not None
+
+
+def is_misleading(name: str) -> bool:
+    """Whether other tools, or we, take a single file of this name for something else than an archive: plain weights,
+    which they lack and make up, or one shard."""
+    return _TAKEN_FOR_WEIGHTS.fullmatch(name) is not None or is_shard_name(name)
 
 
 def check_name(name: str, where: str) -> str:

@@ -6,16 +6,23 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
 import deltafmt
+from deltafmt import dcp
 from deltafmt.dcp import DeltafmtReader
 from deltafmt.errors import DeltafmtError, MissingExtraError, UsageError, WrongBaseError
+from deltafmt.safetensors_file import SafetensorsFile
 
 ROWS, COLUMNS = 2048, 512  # four chunks
 one_process = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -150,6 +157,37 @@ def test_a_plain_state_dict_in_one_process(models: tuple[Path, Path, Path]) -> N
         assert state.keys() == {"matrix", "half", "cube", "bias", "scalar", "steps"}
         for name, tensor in state.items():
             assert torch.equal(tensor, expected.get_tensor(name)), name
+
+
+class _Rows(DefaultLoadPlanner):
+    """Wants rows of one tensor, from an odd place on."""
+
+    def create_local_plan(self) -> LoadPlan:
+        index = MetadataIndex("matrix")
+        place, size = torch.Size([0, 0]), torch.Size([ROWS - 200, COLUMNS])
+        return LoadPlan([ReadItem(LoadItemType.TENSOR, index, place, index, torch.Size([100, 0]), size)])
+
+
+@one_process
+def test_no_chunk_is_read_twice_where_rows_begin_inside_of_one(
+    models: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, archive, _ = models
+    monkeypatch.setattr(dcp, "_BLOCK_ELEMENTS", ROWS * COLUMNS // 4)  # a chunk
+    offsets = []
+    work = SafetensorsFile.read_into
+
+    def noted(self: SafetensorsFile, offset: int, out: np.ndarray[Any, Any]) -> None:
+        if self.path.parent == archive and out.nbytes > 1000:  # no chunk table
+            offsets.append(offset)
+        work(self, offset, out)
+
+    monkeypatch.setattr(SafetensorsFile, "read_into", noted)
+    state = {"matrix": torch.zeros(ROWS - 200, COLUMNS)}
+    with DeltafmtReader(archive, base=base, jobs=1) as reader, deltafmt.open(archive, base, framework="pt") as expected:
+        load(state, storage_reader=reader, planner=_Rows())
+        assert len(offsets) == len(set(offsets)) > 4  # factors and four chunks
+        assert torch.equal(state["matrix"], expected.get_tensor("matrix")[100:-100])
 
 
 @one_process

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 import deltafmt
 from command_line import Run, object_in, write
-from hostile import manifest, tree
+from hostile import tree
 
 Array = npt.NDArray[Any]
 Tensors = dict[str, Array]

@@ -160,11 +160,32 @@ def test_a_dry_run_says_the_size_and_writes_nothing(source: Path, packed: Path) 
     assert names_in(source.parent) == ["packed.safetensors", "src"]
 
 
-@pytest.mark.parametrize("name", ["packed", "packed.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "packed",
+        "packed.json",
+        "model.safetensors",
+        "model.fp16.safetensors",
+        "model.v1.5.safetensors",
+        "model-00001-of-00001.safetensors",
+        "model.fp16-00001-of-00002.safetensors",
+        "pytorch_model.safetensors",
+        "adapter_model.safetensors",
+        "diffusion_pytorch_model.fp16.safetensors",
+        "deltafmt-00001-of-00001.safetensors",
+    ],
+)
 def test_names_that_are_refused(source: Path, name: str) -> None:
     with pytest.raises(UsageError):
         deltafmt.pack(source, source.parent / name, single_file=True)
     assert names_in(source.parent) == ["src"]
+
+
+@pytest.mark.parametrize("name", ["my-model.safetensors", "model-packed.safetensors", "models.fp16.safetensors"])
+def test_names_that_mean_nothing_to_others_are_not(source: Path, name: str) -> None:
+    deltafmt.pack(source, source.parent / name, single_file=True)
+    assert deltafmt.verify(source.parent / name, against=source).equal
 
 
 def test_a_file_is_replaced_if_asked_for(source: Path, packed: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import json
 import warnings
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -425,8 +427,23 @@ def test_a_lazy_model_is_collected_and_its_archive_closed(clip: Path) -> None:
 
 def opened_by(model: nn.Module) -> Any:
     """The archive that the hooks of a lazy model read."""
-    hook: Any = next(iter(model._forward_pre_hooks.values()))
+    hook: Any = inspect.unwrap(next(iter(model._forward_pre_hooks.values())))
     return next(each.cell_contents for each in hook.__closure__ if type(each.cell_contents).__name__ == "LazyWeights")
+
+
+def test_a_lazy_model_is_cast_and_compiled(tmp_path: Path) -> None:
+    model = llama().eval()
+    deltafmt.pack(saved(model, tmp_path / "model"), tmp_path / "packed")
+    lazy = load_model(tmp_path / "packed", "lazy")
+    with torch.no_grad():
+        compiled: Any = torch.compile(lazy, backend="eager")
+        assert torch.equal(compiled(IDS).logits, logits(model))
+        assert {each.device.type for each in lazy.parameters()} == {"meta"}
+    for dtype in (torch.bfloat16, torch.float64):
+        lazy = load_model(tmp_path / "packed", "lazy", keep=True).to(dtype)
+        found, expected = logits(lazy), logits(copy.deepcopy(model).to(dtype))
+        assert found.dtype == dtype and torch.equal(found, expected)
+        assert {each.dtype for each in lazy.parameters()} == {dtype}
 
 
 def test_copies_and_parts_of_a_lazy_model_outlive_it(tmp_path: Path) -> None:
@@ -461,14 +478,43 @@ def test_a_damaged_configuration_is_not_used(single_file: bool, tmp_path: Path) 
 
 def test_devices_that_cannot_be_used(tmp_path: Path) -> None:
     deltafmt.pack(saved(llama(), tmp_path / "model"), tmp_path / "packed")
-    absent: list[Any] = ["foo", f"cuda:{torch.cuda.device_count()}", [1], 10**6]
+    absent: list[Any] = ["foo", "meta", f"cuda:{torch.cuda.device_count()}", [1], 10**6]
     for device in absent:
         for load in (load_model, load_state_dict):
             with pytest.raises(UsageError, match="cannot be used"):
                 load(tmp_path / "packed", device=device)
 
 
-def test_a_device_without_room_is_told_with_numbers() -> None:
-    with pytest.raises(UsageError, match=r"no room.*'cpu'") as caught, room_for(1234, torch.device("cpu"), "Take less"):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    assert "1234" in str(caught.value.expected) and caught.value.hint == "Take less"
+def out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [out_of_memory, lambda: torch.empty(1 << 60), lambda: np.empty(1 << 60, np.uint8), lambda: bytearray(1 << 60)],
+    ids=["device", "torch", "numpy", "python"],
+)
+def test_a_device_without_room_is_told_with_numbers(fails: Callable[[], object]) -> None:
+    for device, where in ((torch.device("cpu"), "on the device 'cpu'"), (None, "in memory")):
+        with pytest.raises(UsageError, match=f"no room {where}") as caught, room_for(1234, device, "Take less"):
+            fails()
+        assert "1234" in str(caught.value.expected) and caught.value.hint == "Take less"
+    with pytest.raises(RuntimeError, match="another"), room_for(1234, None, "Take less"):
+        raise RuntimeError("another error")
+
+
+@pytest.mark.parametrize("mode", ["full", "fused", None])
+def test_memory_that_there_is_not(mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deltafmt.pack(saved(llama(), tmp_path / "model"), tmp_path / "packed")
+    work = torch.empty
+
+    def empty(shape: Any, *given: Any, **more: Any) -> Any:
+        ours = shape == (128, 64) and "device" not in more  # not the skeleton's
+        return work(1 << 60 if ours else shape, *given, **more)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(UsageError, match="no room in memory"):
+        if mode is None:
+            load_state_dict(tmp_path / "packed")
+        else:
+            load_model(tmp_path / "packed", mode)

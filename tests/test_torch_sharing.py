@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import deltafmt
 import synthetic
 from deltafmt.errors import UsageError, WrongBaseError
 from deltafmt.operators import Lowrank, Ref, Sum
-from deltafmt.torch import load_model, merge
+from deltafmt.torch import load_model, merge, release
 from deltafmt.torch.evaluate import resident_bytes
 from deltafmt.torch.fused import deltas
 
@@ -127,6 +128,11 @@ def test_a_lazy_model_holds_a_layer_at_a_time(layered: tuple[Path, Path]) -> Non
     kept = load_model(packed, "lazy", keep=True)
     run(kept)
     assert all(each.device.type == "cpu" for each in kept.parameters())
+    release(kept)
+    assert resident_bytes(kept) == before
+    assert torch.equal(run(kept), run(model))
+    with pytest.raises(UsageError, match="mode='lazy'"):
+        release(load_model(packed))
 
 
 def test_a_real_fine_tune(minilm_dir: Path, finetune_dir: Path, tmp_path: Path) -> None:
@@ -134,13 +140,15 @@ def test_a_real_fine_tune(minilm_dir: Path, finetune_dir: Path, tmp_path: Path) 
     deltafmt.unpack(tmp_path / "packed", tmp_path / "plain", base=minilm_dir)
     expected = run(transformers.AutoModel.from_pretrained(tmp_path / "plain"))
     assert torch.equal(run(load_model(tmp_path / "packed", base=minilm_dir)), expected)
-    model = load_model(tmp_path / "packed", "fused", base=minilm_dir)
+    with pytest.warns(UserWarning, match=r"not as factors.*dense: embeddings\.word_embeddings, ") as said:
+        model = load_model(tmp_path / "packed", "fused", base=minilm_dir)
+    assert "attention" not in str(said[0].message) and "LayerNorm" not in str(said[0].message)
     assert len(deltas(model)) == 24
     torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-5)
-    with pytest.raises(WrongBaseError):
-        load_model(tmp_path / "packed", "fused")
-    with pytest.raises(WrongBaseError):
-        load_model(tmp_path / "packed", "fused", base=finetune_dir)
+    for base in (None, finetune_dir):
+        with pytest.raises(WrongBaseError), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not as factors")
+            load_model(tmp_path / "packed", "fused", base=base)
 
 
 class OddLinear(nn.Linear):
@@ -213,6 +221,8 @@ def test_what_makes_no_sense_is_refused(tiny: Path, tmp_path: Path) -> None:
         {"mode": "lazy", "rank": 2},
         {"mode": "lazy", "max_bytes": 2},
         {"bases": deltafmt.torch.BaseCache()},
+        {"base": deltafmt.torch.BaseCache()},
+        {"mode": "fused", "base": deltafmt.torch.BaseCache()},
         {"keep": True},
         {"dtype": torch.int32},
         {"device": "abacus"},

@@ -10,7 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import deltafmt
+from deltafmt.dtypes import Bits
 from deltafmt.errors import UsageError, WrongBaseError
+from deltafmt.operators import Ref
+from deltafmt.operators.base import Read
+from deltafmt.reader import VerifiedBase
 from deltafmt.torch import LazyStateDict, load_state_dict
 
 BIG = "embeddings.word_embeddings.weight"
@@ -76,6 +80,47 @@ def test_what_is_stored_once_is_one_tensor(sharing: Path, dtype: torch.dtype | N
     with deltafmt.open(sharing, framework="pt") as archive:
         for name, tensor in loaded.items():
             torch.testing.assert_close(tensor, archive.get_tensor(name).to(dtype), rtol=0, atol=1e-6)
+
+
+def test_a_tensor_of_the_base_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer 0 is layer 1 of the base, and layers 2 and 3 are it plus something; layer 4 is layer 1 plus something, and
+    that is another one than the base's layer 1."""
+    generator = torch.Generator().manual_seed(5)
+    name = "model.layers.{}.mlp.up_proj.weight".format
+
+    def near(anchor: torch.Tensor) -> torch.Tensor:
+        return anchor + torch.randn(64, 48, generator=generator) / 2**20
+
+    one, two, three = (torch.randn(64, 48, generator=generator) for _ in range(3))
+    tuned = {name(0): two, name(1): three, name(2): near(two), name(3): near(two), name(4): near(three)}
+    for folder, tensors in (("base", {name(0): one, name(1): two}), ("tuned", tuned)):
+        (tmp_path / folder).mkdir()
+        save_file({key: tensor.clone() for key, tensor in tensors.items()}, tmp_path / folder / "model.safetensors")
+    base = tmp_path / "base"
+    deltafmt.pack(tmp_path / "tuned", tmp_path / "packed", base=base, share="2:0,3:0,4:1")
+    with deltafmt.open(tmp_path / "packed", base, "pt") as archive:
+        assert archive._archive.manifest.tensors[name(0)].recipe == Ref(name(1), "base")
+        expected = {key: archive.get_tensor(key) for key in tuned}
+    read: list[tuple[str, int]] = []
+    work = VerifiedBase.reader
+
+    def reader(self: VerifiedBase, tensor: str) -> Read:
+        of_tensor = work(self, tensor)
+
+        def noted(lo: int, hi: int, out: Bits) -> None:
+            read.append((tensor, hi - lo))
+            of_tensor(lo, hi, out)
+
+        return noted
+
+    monkeypatch.setattr(VerifiedBase, "reader", reader)
+    for dtype in (None, torch.float64):
+        read.clear()
+        loaded = load_state_dict(tmp_path / "packed", base=base, dtype=dtype)
+        assert {tensor for tensor, _ in read} == {name(1)}
+        assert sum(count for _, count in read) == 64 * 48
+        for key, tensor in expected.items():
+            assert torch.equal(loaded[key], tensor.to(dtype or tensor.dtype))
 
 
 def test_lazy_slices_are_those_of_the_tensor(packed: Path, minilm_dir: Path, original: dict[str, torch.Tensor]) -> None:

@@ -10,16 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import deltafmt
 import deltafmt.hf
 from command_line import object_in
 from deltafmt.cli import main
 from deltafmt.errors import DeltafmtError, IntegrityError, MissingExtraError, UsageError, WrongBaseError
+from deltafmt.safetensors_file import SafetensorsFile
 
 LLAMA = {
     "vocab_size": 64,
@@ -31,6 +34,7 @@ LLAMA = {
     "tie_word_embeddings": False,
     "pad_token_id": 0,
 }
+KINDS = ["AutoModelForCausalLM", "LlamaForCausalLM"]
 TOKENS = torch.tensor([[1, 5, 9, 2, 7]])
 
 
@@ -233,11 +237,55 @@ def test_a_mode_of_load_model(mode: str, llama: tuple[Path, Path], tmp_path: Pat
         assert less.model.layers[0].mlp.up_proj.factors.rank == 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["full", "fused", "lazy"])
+def test_attention_is_computed_as_asked(mode: str, kind: str, llama: tuple[Path, Path]) -> None:
+    loads = getattr(transformers, kind).from_pretrained
+    for attention in ("eager", "sdpa"):
+        loaded = loads(llama[1], mode=mode, rank=None if mode == "lazy" else 3, attn_implementation=attention)
+        assert loaded.config._attn_implementation == attention
+        assert loaded.model.config._attn_implementation == attention
+        with torch.no_grad():
+            expected = loads(llama[0], attn_implementation=attention)(TOKENS).logits
+            assert torch.equal(loaded(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"model": "cpu", "lm_head": "cpu"}, {"": torch.device("cpu")}], ids=str)
+def test_a_device_map_of_one_device(device_map: Any, llama: tuple[Path, Path]) -> None:
+    if device_map == "auto" and torch.accelerator.is_available():
+        pytest.skip("there may be several")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(llama[1], mode="fused", device_map=device_map)
+    assert_same(loaded, transformers.AutoModelForCausalLM.from_pretrained(llama[0]))
+
+
+def test_an_anchor_layer_is_read_once(
+    llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deltafmt.pack(llama[0], tmp_path / "packed", method="lowrank", rank=4, share="1:0", force=True)
+    read: list[int] = []
+    work = SafetensorsFile.read_into
+
+    def noted(file: SafetensorsFile, offset: int, out: Any) -> None:
+        read.append(out.nbytes)
+        work(file, offset, out)
+
+    monkeypatch.setattr(SafetensorsFile, "read_into", noted)
+    deltafmt.torch.load_state_dict(tmp_path / "packed")
+    needed = sum(read)
+    read.clear()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert sum(read) == needed
+    monkeypatch.setattr("deltafmt.torch.tensors._KEPT_BYTES", 0)
+    read.clear()
+    assert_same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), loaded)
+    assert sum(read) > 1.2 * needed
+
+
 @pytest.mark.parametrize(
     ("auto", "options", "said"),
     [
         ("AutoModel", {}, "for the class that config.json names"),
-        ("AutoModelForCausalLM", {"device_map": "auto"}, "device_map='auto'"),
+        ("AutoModelForCausalLM", {"device_map": {"model": "cpu", "lm_head": "disk"}}, "device_map="),
         ("AutoModelForCausalLM", {"use_cache": False}, "changes to the configuration"),
         ("AutoModelForCausalLM", {"output_loading_info": True}, "output_loading_info"),
     ],
@@ -258,6 +306,30 @@ def test_a_base_that_is_missing_or_another(encoder: tuple[Path, Path, Path], lla
         transformers.AutoModel.from_pretrained(packed, base=plain)
     with pytest.raises(DeltafmtError):
         transformers.AutoModel.from_pretrained(packed, base=llama[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", [None, "fused", "lazy"])
+def test_devices_that_there_are_not(mode: str | None, kind: str, llama: tuple[Path, Path]) -> None:
+    absent = f"cuda:{torch.cuda.device_count()}"
+    for device_map in (absent, {"": absent}, {"model": "cpu", "lm_head": absent}, "foo", -1):
+        with pytest.raises(UsageError, match="cannot be used"):
+            getattr(transformers, kind).from_pretrained(llama[1], device_map=device_map, mode=mode)
+
+
+def test_memory_that_there_is_not(llama: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    work = np.empty
+
+    def empty(shape: Any, *given: Any, **more: Any) -> Any:
+        large = isinstance(shape, tuple) and np.prod(shape) >= 64 * 32
+        return work(1 << 60 if large else shape, *given, **more)
+
+    monkeypatch.setattr(np, "empty", empty)
+    for dtype, needed in ((None, 4), ("bfloat16", 2)):
+        with pytest.raises(UsageError, match="no room in memory") as caught:
+            transformers.AutoModelForCausalLM.from_pretrained(llama[1], dtype=dtype)
+        count = sum(each.numel() for each in load_file(llama[0] / "model.safetensors").values())
+        assert caught.value.expected == f"{needed * count} bytes"
 
 
 def test_damage_is_found_while_loading_what_is_damaged(llama: tuple[Path, Path], tmp_path: Path) -> None:
@@ -285,15 +357,25 @@ def test_an_archive_without_a_config(llama: tuple[Path, Path], tmp_path: Path) -
     assert_same(loaded, transformers.LlamaForCausalLM.from_pretrained(plain))
 
 
-KINDS = ["AutoModelForCausalLM", "LlamaForCausalLM"]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_single_file_is_told_what_loads_it(kind: str, llama: tuple[Path, Path], tmp_path: Path) -> None:
     deltafmt.pack(llama[0], tmp_path / "packed.safetensors", single_file=True)
     for options in ({}, {"mode": "fused"}):
         with pytest.raises(UsageError, match=r"is a single file.*load_model"):
             getattr(transformers, kind).from_pretrained(tmp_path / "packed.safetensors", **options)
+
+
+def test_a_single_file_is_never_taken_for_plain_weights(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    """Beside a config.json transformers looks for weights by name; in our file it would find none, and make them up."""
+    from transformers.modeling_utils import SAFE_WEIGHTS_NAME, _add_variant
+
+    deltafmt.pack(llama[0], tmp_path / "packed.safetensors", single_file=True)
+    (tmp_path / "config.json").write_bytes((llama[0] / "config.json").read_bytes())
+    for variant in (None, "fp16", "v1.5"):
+        with pytest.raises(UsageError, match="load an archive wrongly"):
+            deltafmt.pack(llama[0], tmp_path / _add_variant(SAFE_WEIGHTS_NAME, variant), single_file=True)
+        with pytest.raises(OSError, match="no file named model"):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path, variant=variant)
 
 
 @pytest.mark.parametrize("kind", KINDS)

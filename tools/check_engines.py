@@ -1,7 +1,7 @@
 """Loads an archive through the real source of vLLM and SGLang: their plugin registries, their loaders, our plugins.
 
-    pip download --no-deps vllm sglang; unzip each wheel into DIRECTORY
-    python tools/check_engines.py DIRECTORY
+    python tools/check_engines.py                 # fetches `ENGINES` as wheels, some 400 MB, and keeps their files
+    python tools/check_engines.py DIRECTORY       # or: where others are unzipped
 
 Neither can be installed without a GPU's libraries. What of their Python code the plugins touch is imported as it is;
 third-party packages that are not installed are stood in for by empty ones, and so are the compiled parts of the
@@ -26,9 +26,12 @@ import torch
 import transformers
 
 import deltafmt
+import fixtures
 import merges
 from deltafmt.errors import UsageError
 
+ENGINES = {"vllm": "0.33.0", "sglang": "0.5.23"}
+"""What is fetched: the versions that the README names."""
 WEIGHTS = "model.safetensors"
 
 _HARDWARE = {
@@ -145,6 +148,14 @@ class _Shell(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: types.ModuleType) -> None:
         pass
+
+
+def fetched(folder: Path) -> Path:
+    """`ENGINES`, from the package index or the fixture cache, in a new folder. Raises `RuntimeError`."""
+    folder.mkdir()
+    for name, version in ENGINES.items():
+        (folder / name).symlink_to(fixtures.fetch(fixtures.Package(f"{name}=={version}", name)))
+    return folder
 
 
 # The checks
@@ -275,10 +286,11 @@ def check_sglang(base: Path, tuned: Path, packed: Path) -> None:
 
 
 @click.command(help=__doc__)
-@click.argument("engines", type=click.Path(path_type=Path, exists=True, file_okay=False))
-def main(engines: Path) -> None:
+@click.argument("engines", required=False, type=click.Path(path_type=Path, exists=True, file_okay=False))
+def main(engines: Path | None) -> None:
     """All checks."""
     with tempfile.TemporaryDirectory() as scratch:
+        engines = engines or fetched(Path(scratch) / "engines")
         made = models(Path(scratch))
         stand_in = _StandIn(engines)
         sys.path.insert(0, str(engines))

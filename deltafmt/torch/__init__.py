@@ -12,6 +12,7 @@ if importlib.util.find_spec("torch") is None:
 
 from .bases import BaseCache
 from .fused import merge, trainable
+from .lazy import release
 from .model import load_model, swap
 from .state_dict import LazyStateDict, LazyTensor, load_state_dict
 from .tenants import MultiTenant
@@ -24,6 +25,7 @@ __all__ = [
     "load_model",
     "load_state_dict",
     "merge",
+    "release",
     "swap",
     "trainable",
 ]

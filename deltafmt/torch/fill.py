@@ -161,13 +161,17 @@ def _fusable(model: nn.Module, archive: Archive, found: list[Slot]) -> dict[Slot
     """The tensors that become fused layers: those that are smaller so.
 
     Those that others have as their base stay dense; so does, with a warning, what a module uses in a way that is not
-    known here.
+    known here, and what is made of a base in another way than by factors.
     """
     forms = {slot: low_rank_form(archive.manifest, slot.tensor) for slot in found}
     bases = {low.base for low in forms.values() if low is not None}
-    fused, refused = {}, []
+    fused, refused, unlike = {}, [], []
     for slot, low in forms.items():
-        if low is None or same_as(archive.manifest, slot.tensor) in bases:
+        if same_as(archive.manifest, slot.tensor) in bases:
+            continue
+        if low is None:
+            if _refers(archive, slot.tensor):
+                unlike += [place.removesuffix(".weight") for place in slot.places]
             continue
         (rank, columns), (_, rows) = (archive.manifest.arrays[name].shape for name in (low.a, low.b))
         if rank * (rows + columns) >= rows * columns:
@@ -184,7 +188,22 @@ def _fusable(model: nn.Module, archive: Archive, found: list[Slot]) -> dict[Slot
         warnings.warn(
             f"{archive.location}: no fused form of these modules, they are dense: {listed(refused)}", stacklevel=5
         )
+    if unlike:
+        warnings.warn(
+            f"{archive.location}: these modules are stored as changes of a base, but not as factors, and have no fused "
+            f"form, they are dense: {listed(unlike)}",
+            stacklevel=5,
+        )
     return fused
+
+
+def _refers(archive: Archive, name: str) -> bool:
+    """Whether a tensor is a matrix made of another one, and not the same as that."""
+    ref = same_as(archive.manifest, name)
+    if not _is_own(ref):
+        return False
+    tensor = archive.manifest.tensors[ref.tensor]
+    return len(tensor.shape) == 2 and any(isinstance(node, Ref) for node in tensor.recipe.walk())
 
 
 def _put_delta(model: nn.Module, place: str, factors: Factors) -> None:

@@ -35,6 +35,7 @@ def load_model(
     max_bytes: int | None = None,
     bases: BaseCache | None = None,
     keep: bool = False,
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     jobs: int | None = None,
     limits: Limits = DEFAULT_LIMITS,
@@ -48,7 +49,7 @@ def load_model(
             whatever is stored as a *patch* of that sum lacks the patch, so that each weight is within a rounding step
             or two of the exact one; all other tensors are exact. Only factors can be trained; integers, as archives
             without loss have them, after `deltafmt.torch.trainable(model)`. `"lazy"`: nothing is read yet; each layer
-            reads its weights when it runs, and lets them go after that.
+            reads its weights when it runs, each time into new memory, and lets them go after that.
         device: where it goes; the CPU by default. In mode `"full"` all of it is on the CPU first, where transformers
             puts a state dict unless accelerate is there; `from_pretrained(device_map=)` of `deltafmt.hf` uses that, and
             no more of the CPU's memory than for a few tensors.
@@ -60,7 +61,8 @@ def load_model(
             built from these, without the patch that made them exact; all others are as they were. Not for `"lazy"`.
         max_bytes: use as many components as fit: parameters and buffers take at most this many bytes.
         bases: base weights to share with other models, mode `"fused"` only.
-        keep: mode `"lazy"`: keep weights once read.
+        keep: mode `"lazy"`: keep weights once read; `deltafmt.torch.release(model)` lets them go.
+        attn_implementation: how attention is computed, as of `from_pretrained`.
         trust_remote_code: run code that comes with the model.
         jobs: threads; one per processor if None.
         limits: caps on what is accepted; see `deltafmt.Limits`.
@@ -77,12 +79,14 @@ def load_model(
     """
     if mode not in get_args(Mode):
         raise UsageError(f"unknown mode {mode!r}", hint=f"Choose one of {', '.join(get_args(Mode))}")
-    _check_options(mode, rank, max_bytes, bases, keep)
+    _check_options(mode, rank, max_bytes, base, bases, keep)
     check_count("jobs", jobs, 1)
     cast = new_cast(device, dtype)
     with contextlib.ExitStack() as stack:
         archive = stack.enter_context(open_archive(path, base, limits=limits))
         of = architecture(archive, trust_remote_code)
+        if attn_implementation is not None:
+            of.config._attn_implementation = attn_implementation
         model: nn.Module | None = None
         if mode == "lazy":
             model = _lazy(archive, of, cast, keep, jobs)
@@ -140,11 +144,16 @@ def check_configuration(archive: Archive, trust_remote_code: bool = False) -> No
     check_shapes(model, slots(model, archive.manifest)[0], archive.manifest, archive.path)
 
 
-def _check_options(mode: Mode, rank: int | None, max_bytes: int | None, bases: BaseCache | None, keep: bool) -> None:
+def _check_options(
+    mode: Mode, rank: int | None, max_bytes: int | None, base: object, bases: BaseCache | None, keep: bool
+) -> None:
     check_count("rank", rank, 0)
     check_count("max_bytes", max_bytes, 0)
     if mode == "lazy" and not (rank is None and max_bytes is None):
         raise UsageError("mode 'lazy' reads whole weights: rank and max_bytes do not apply")
+    if isinstance(base, BaseCache):
+        hint = "Pass it as bases=, and as base= what it was packed against"
+        raise UsageError("base is a BaseCache, which holds weights to share", hint=hint)
     if bases is not None and not isinstance(bases, BaseCache):
         raise UsageError(
             "bases is no BaseCache", found=type(bases).__name__, hint="Use base= for what it was packed against"
@@ -167,11 +176,13 @@ def _full(
             found=needed,
             hint="mode='fused' takes less where layers share a base",
         )
-    tensors = read_tensors(archive, archive.tensors, Cast(None, _common(archive, of, cast.dtype)), jobs, rank=rank)
-    model = full_model(of, _each_its_own(tensors), cast.dtype)
+    hint = "Take another device, mode='fused' with max_bytes=, or mode='lazy'"
+    with room_for(needed, None, hint):
+        tensors = read_tensors(archive, archive.tensors, Cast(None, _common(archive, of, cast.dtype)), jobs, rank=rank)
+        model = full_model(of, _each_its_own(tensors), cast.dtype)
     if cast.device is None:
         return model
-    with room_for(needed, cast.device, "Take another device, mode='fused' with max_bytes=, or mode='lazy'"):
+    with room_for(needed, cast.device, hint):
         return model.to(cast.device)
 
 

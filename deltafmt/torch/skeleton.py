@@ -22,6 +22,7 @@ from ..durable import Staging
 from ..errors import DeltafmtError, MissingExtraError, UsageError
 from ..names import escaped
 from ..reader import Archive
+from .tensors import is_out_of_memory
 
 CONFIG = "config.json"
 _GENERATION = "generation_config.json"
@@ -134,11 +135,13 @@ def foreign_errors(where: str, what: str) -> Iterator[None]:
     """What a library raises about a file that it is given, of whatever class, as `UsageError`."""
     try:
         yield
-    except (DeltafmtError, MemoryError, torch.cuda.OutOfMemoryError):
+    except DeltafmtError:
         raise
     except ImportError as error:  # says what to install
-        raise UsageError(f"{what}: {_in_short(error)}", where=where) from error
+        raise UsageError(f"{what}: {_in_short(error)}", where=where, hint="Install what it needs") from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UsageError(f"{what}: {_in_short(error)}", where=where, hint=_CORRECT) from error
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ..sources import Bases, PathLike
 from .state_dict import load_state_dict
+from .tensors import SharedPieces
 
 
 def stream(path: PathLike, base: Bases | None = None, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -16,5 +17,6 @@ def stream(path: PathLike, base: Bases | None = None, prefix: str = "") -> Itera
     Raises what `load_state_dict` does, as the first is asked for, and `IntegrityError` for damaged tensors.
     """
     with load_state_dict(path, base=base, lazy=True) as tensors:
-        for name, tensor in tensors.items():
-            yield prefix + name, tensor[...]
+        shared = SharedPieces(tensors._archive)
+        for name in tensors:
+            yield prefix + name, shared.get_slice(name)[...]

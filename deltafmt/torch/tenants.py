@@ -72,7 +72,8 @@ class MultiTenant(nn.Module):
             layers = [modules[path] for modules in everyone]
             own = self.model.get_submodule(path)
             if any(not isinstance(layer, Delta) and any(layer.children()) for layer in layers):
-                raise UnsupportedError(f"the module '{path}' has weights that differ, and modules in it")
+                what = f"the module '{path}' has weights that differ, and modules in it"
+                raise UnsupportedError(what, hint="Run the models one by one")
             if own not in seen:
                 raise UnsupportedError(
                     f"the module '{path}' differs, and does not have the rows of the batch as its input's first axis",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections import Counter
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -10,11 +12,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from ..archive import OpenArchive, TensorSlice
 from ..dtypes import DTYPES, Bits, Dtype, Shape
 from ..errors import UsageError
 from ..gemm import one_thread_each
 from ..manifest import Manifest
-from ..operators import Ref
+from ..operators import Operator, Ref, Scope, Target
 from ..operators.base import Read
 from ..pipeline import Pipeline, Pool
 from ..reader import Archive
@@ -22,6 +25,10 @@ from ..rebuild import Rebuilder, read_in_pieces
 from .recipes import prefix, same_as
 
 _Key = TypeVar("_Key", bound=Hashable)
+
+_KEPT_BYTES = 256 << 20
+
+_META_HINT = "Take another one; mode='lazy' reads weights when they are used"
 
 SAFETENSORS_NAMES = {getattr(torch, dtype.values.name): dtype.name for dtype in DTYPES.values()}
 """torch dtype -> its name in safetensors."""
@@ -49,13 +56,16 @@ class Cast:
 
 
 def new_cast(device: torch.device | str | None, dtype: torch.dtype | None) -> Cast:
-    """Raises `UsageError` for a dtype that is none of torch's floats, and for a device that is unknown."""
+    """Raises `UsageError` for a dtype that is none of torch's floats, and for a device that is unknown or has no
+    values."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UsageError(f"{dtype} is no floating-point dtype of torch", hint="Pass one, such as torch.bfloat16")
     try:
         place = None if device is None else torch.empty(0, device=device).device  # with its number
     except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
         raise UsageError(f"the device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if place is not None and place.type == "meta":
+        raise UsageError("the device 'meta' cannot be used: tensors have no values there", hint=_META_HINT)
     return Cast(place, dtype)
 
 
@@ -64,15 +74,22 @@ def nbytes(archive: Archive, cast: Cast) -> int:
     return sum(info.count * cast.result(torch_dtype(info.dtype)).itemsize for info in archive.tensors.values())
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether numpy, Python or torch found no memory: torch has no class of its own for that of the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 @contextlib.contextmanager
 def room_for(needed: int, device: torch.device | None, hint: str) -> Iterator[None]:
-    """Where a device turns out to have no room for `needed` bytes: raise `UsageError`."""
+    """Where a device, or memory, turns out to have no room for `needed` bytes: raise `UsageError`."""
     free = torch.cuda.mem_get_info(device)[0] if device is not None and device.type == "cuda" else None
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise UsageError(
-            f"there is no room on the device '{device}'",
+            "there is no room in memory" if device is None else f"there is no room on the device '{device}'",
             expected=f"{needed} bytes",
             found=None if free is None else f"{free} bytes that were free",
             hint=hint,
@@ -130,7 +147,8 @@ def read_tensors(
     rank: int | None = None,
     exact: Container[str] = (),
 ) -> dict[str, torch.Tensor]:
-    """Rebuild tensors, each of them once; what others refer to comes first, and is not read again for these.
+    """Rebuild tensors, each of them once; what several refer to, here or in a base, comes first, and is not read again
+    for these.
 
     Names that mean the same tensor share one torch tensor. Where `cast` changes something, tensors that others refer to
     are kept as they were until those are done.
@@ -138,76 +156,148 @@ def read_tensors(
     Args:
         rank: of tensors that are stored as base and factors, use at most so many components; but of those in `exact`.
     """
-    meaning = {name: same_as(archive.manifest, name) for name in names}
-    wanted = {ref: name if ref.base is not None else ref.tensor for name, ref in reversed(meaning.items())}
+    manifest = archive.manifest
+    meaning = {name: same_as(manifest, name) for name in names}
+    wanted = dict.fromkeys(meaning.values())
+    shared = [ref for ref, uses in _referred(manifest, wanted).items() if uses > 1 and ref not in wanted]
     memory = _Memory(archive)
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[Ref, torch.Tensor] = {}
     with contextlib.closing(Pool(jobs)) as pool, Pipeline(jobs) as pipeline, one_thread_each():
-        levels = _levels(archive.manifest, list(wanted.values()))
+        levels = _levels(manifest, [*shared, *wanted])
         for number, level in enumerate(levels):
-            memory.keep(_referred(archive.manifest, [name for later in levels[number:] for name in later]))
-            items = {name: _item(archive, name, None if name in exact else rank, memory, pool, cast) for name in level}
-            tensors |= read_items(items, pipeline)
-    return {name: tensors[wanted[ref]] for name, ref in meaning.items()}
+            memory.keep(_referred(manifest, [ref for later in levels[number:] for ref in later]))
+            items = {}
+            for ref in level:
+                most = rank if ref in wanted and ref.tensor not in exact else None
+                items[ref] = _item(archive, ref, most, memory, pool, cast if ref in wanted else Cast())
+            tensors |= {ref: tensor for ref, tensor in read_items(items, pipeline).items() if ref in wanted}
+    return {name: tensors[ref] for name, ref in meaning.items()}
 
 
-def _item(archive: Archive, name: str, rank: int | None, memory: _Memory, pool: Pool, cast: Cast) -> Item:
-    tensor = archive.manifest.tensors[name]
-    cut = None if rank is None else prefix(archive, name, rank)
-    recipe, scope = cut or (tensor.recipe, archive.scope)
+def _item(archive: Archive, ref: Ref, rank: int | None, memory: _Memory, pool: Pool, cast: Cast) -> Item:
+    recipe: Operator = ref
+    scope: Scope = archive.scope
+    cut = None
+    if ref.base is None:
+        target = archive.scope.target(ref.tensor)
+        cut = None if rank is None else prefix(archive, ref.tensor, rank)
+        recipe, scope = cut or (archive.manifest.tensors[ref.tensor].recipe, scope)
+    else:
+        of_base = archive.manifest.bases[ref.base].tensors[ref.tensor]
+        target = Target(ref.tensor, of_base.dtype, of_base.shape, np.dtype("f4"))
 
     def read(bits: Bits) -> None:
-        rebuilder = Rebuilder(recipe, memory, scope, archive.scope.target(name))
+        rebuilder = Rebuilder(recipe, memory, scope, target)
         read_in_pieces(rebuilder, 0, bits.size, bits, pool)
         if cut is None:
-            memory.offer(name, bits)
+            memory.offer(ref, bits)
 
-    return Item(tensor.dtype, tensor.shape, read, cast)
+    return Item(target.dtype, target.shape, read, cast)
 
 
 class _Memory:
-    """A `Source` that has tensors which were rebuilt already; everything else is the archive's."""
+    """A `Source` that has tensors which were read already; everything else is the archive's."""
 
     def __init__(self, archive: Archive) -> None:
         self._archive = archive
-        self._wanted: set[str] = set()
-        self._bits: dict[str, Bits] = {}
+        self._wanted: Container[Ref] = ()
+        self._bits: dict[Ref, Bits] = {}
 
-    def keep(self, names: set[str]) -> None:
+    def keep(self, wanted: Container[Ref]) -> None:
         """From now on keep these, and no others."""
-        self._wanted = names
-        self._bits = {name: bits for name, bits in self._bits.items() if name in names}
+        self._wanted = wanted
+        self._bits = {ref: bits for ref, bits in self._bits.items() if ref in wanted}
 
-    def offer(self, name: str, bits: Bits) -> None:
-        if name in self._wanted:
-            self._bits[name] = bits
+    def offer(self, ref: Ref, bits: Bits) -> None:
+        if ref in self._wanted:
+            self._bits[ref] = bits
 
     def array_reader(self, name: str) -> Read:
         return self._archive.array_reader(name)
 
     def tensor_reader(self, name: str) -> Read:
-        known = self._bits.get(same_as(self._archive.manifest, name).tensor)
-        if known is None:
-            return self._archive.tensor_reader(name)
-        return lambda lo, hi, out: np.copyto(out, known[lo:hi])
+        return self._known(same_as(self._archive.manifest, name)) or self._archive.tensor_reader(name)
 
     def base_reader(self, base: str, name: str) -> Read:
-        return self._archive.base_reader(base, name)
+        return self._known(Ref(name, base)) or self._archive.base_reader(base, name)
+
+    def _known(self, ref: Ref) -> Read | None:
+        known = self._bits.get(ref)
+        return None if known is None else lambda lo, hi, out: np.copyto(out, known[lo:hi])
 
 
-def _referred(manifest: Manifest, names: Sequence[str]) -> set[str]:
-    """The tensors of the archive that recipes of `names` refer to, each by the name it is stored under."""
-    nodes = (node for name in names for node in manifest.tensors[name].recipe.walk() if isinstance(node, Ref))
-    ends = (same_as(manifest, node.tensor) for node in nodes if node.base is None)
-    return {end.tensor for end in ends if end.base is None}
+class SharedPieces:
+    """Slices of an open archive's tensors for whoever reads each of them once, in any order and any threads.
+
+    A piece of a tensor that several recipes refer to is read once, as a rule, and kept until all have had it, or this
+    is gone; so long as there is room for it: at most `_KEPT_BYTES` are.
+    """
+
+    def __init__(self, archive: OpenArchive) -> None:
+        self._opened, self._archive = archive, archive._archive
+        manifest = self._archive.manifest
+        named = Counter(same_as(manifest, name) for name in manifest.tensors)
+        self._uses = named + _referred(manifest, named)
+        self._pieces: dict[tuple[Ref, int, int], tuple[Bits, int]] = {}
+        self._room = _KEPT_BYTES
+        self._lock = threading.Lock()
+
+    def get_slice(self, name: str) -> TensorSlice:
+        """As of `deltafmt.archive.OpenArchive`."""
+        shared = self._uses[same_as(self._archive.manifest, name)] > 1
+        return TensorSlice(self._opened, self._rebuilder(name, Ref(name) if shared else None))
+
+    def _rebuilder(self, name: str, recipe: Operator | None = None) -> Rebuilder:
+        recipe = recipe or self._archive.manifest.tensors[name].recipe
+        return Rebuilder(recipe, self, self._archive.scope, self._archive.scope.target(name))
+
+    def array_reader(self, name: str) -> Read:
+        return self._archive.array_reader(name)
+
+    def tensor_reader(self, name: str) -> Read:
+        ref = same_as(self._archive.manifest, name)
+        if ref.base is not None:
+            return self.base_reader(ref.base, ref.tensor)
+        return self._reader(ref, self._rebuilder(ref.tensor).read)
+
+    def base_reader(self, base: str, name: str) -> Read:
+        return self._reader(Ref(name, base), self._archive.base_reader(base, name))
+
+    def _reader(self, ref: Ref, read: Read) -> Read:
+        def read_once(lo: int, hi: int, out: Bits) -> None:
+            with self._lock:
+                known, left = self._pieces.pop((ref, lo, hi), (None, self._uses[ref]))
+                if known is not None and left > 1:
+                    self._pieces[ref, lo, hi] = known, left - 1
+                elif known is not None:
+                    self._room += known.nbytes
+            if known is not None:
+                np.copyto(out, known)
+                return
+            read(lo, hi, out)
+            with self._lock:
+                if (ref, lo, hi) not in self._pieces and out.nbytes <= self._room:
+                    self._room -= out.nbytes
+                    self._pieces[ref, lo, hi] = out.copy(), left - 1
+
+        return read_once if self._uses[ref] > 1 else read
 
 
-def _levels(manifest: Manifest, names: Sequence[str]) -> list[list[str]]:
-    """The tensors in groups: each refers to tensors of earlier groups, if to any of `names`."""
-    left, levels = list(dict.fromkeys(names)), []
+def _referred(manifest: Manifest, refs: Iterable[Ref]) -> Counter[Ref]:
+    """How often recipes of these tensors refer to others, each by where it is stored: in the archive or in a base."""
+    nodes = (node for ref in refs if ref.base is None for node in manifest.tensors[ref.tensor].recipe.walk())
+    return Counter(
+        node if node.base is not None else same_as(manifest, node.tensor) for node in nodes if isinstance(node, Ref)
+    )
+
+
+def _levels(manifest: Manifest, refs: Sequence[Ref]) -> list[list[Ref]]:
+    """The tensors in groups: each refers to tensors of earlier groups, if to any of these."""
+    left, levels = list(refs), []
     while left:
         waiting = set(left)
-        ready = [name for name in left if not (_referred(manifest, [name]) & waiting)]
+        ready = [ref for ref in left if waiting.isdisjoint(_referred(manifest, [ref]))]
         levels.append(ready)
-        left = [name for name in left if name not in set(ready)]
+        waiting.difference_update(ready)
+        left = [ref for ref in left if ref in waiting]
     return levels
