@@ -26,7 +26,7 @@ check: $(VENV)/installed-dev
 slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
-## bench: every number in the README, in one run each
+## bench: the numbers in the README, in one run each; sizes are by tools/sizes.py, the edge's by tests/test_edge.py
 bench: $(VENV)/installed-bench
 	$(BIN)/python tools/bench_lossless.py
 	$(BIN)/python tools/bench_lowrank.py

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from types import EllipsisType, TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from .pipeline import Pool
 from .reader import Archive
 from .rebuild import Rebuilder, read_in_pieces, read_rectangle_in_pieces
 from .sources import Bases, PathLike, open_archive
+
+if TYPE_CHECKING:
+    import torch
 
 Framework: TypeAlias = Literal["np", "numpy", "pt", "torch"]
 _Index: TypeAlias = int | slice | EllipsisType | Sequence[int]
@@ -59,30 +62,35 @@ def open(
         MalformedError, UnsupportedError, IntegrityError: as spec/reasons.md says.
         WrongBaseError: `base` is another model.
         MissingExtraError: `"pt"` without torch.
-        UsageError: another framework, a device that is not there, or `jobs` is no number of threads.
+        UsageError: another framework, a device that is not there or has no values, or `jobs` is no number of threads.
     """
     check_count("jobs", jobs, 1)
     if framework not in ("np", "numpy", "pt", "torch"):
         raise UsageError(f"unknown framework {framework!r}", hint="Choose 'np' or 'pt'")
     if framework in ("pt", "torch") and importlib.util.find_spec("torch") is None:
         raise MissingExtraError("torch tensors need torch", extra="torch")
-    torch = framework in ("pt", "torch")
+    of_torch = framework in ("pt", "torch")
     if device is not None and str(device) != "cpu":
-        _check_device(device, torch)
-    return OpenArchive(open_archive(path, base, limits=limits), torch, jobs, device)
+        if not of_torch:
+            raise UsageError(f"numpy arrays cannot be on the device {device!r}", hint="Leave it out, or choose 'pt'")
+        device = usable_device(device)
+    return OpenArchive(open_archive(path, base, limits=limits), of_torch, jobs, device)
 
 
-def _check_device(device: Any, torch: bool) -> None:
-    if not torch:
-        raise UsageError(f"numpy arrays cannot be on the device {device!r}", hint="Leave it out, or choose 'pt'")
-    from torch import empty
+def usable_device(device: Any) -> torch.device:
+    """What torch takes for a device, with its number. Raises `UsageError` for one that is not there, and for `meta`,
+    where tensors have no values."""
+    import torch
 
     try:
-        empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # torch raises any of these
-        raise UsageError(
-            f"torch has no device {device!r} here", found=str(error).partition("\n")[0], hint="Choose 'cpu'"
-        ) from error
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError, ValueError, ImportError) as error:  # torch raises any of these
+        told = str(error).partition("\n")[0]
+        raise UsageError(f"the device {str(device)!r} cannot be used", found=told, hint="Choose 'cpu'") from error
+    if found.type == "meta":
+        hint = "Choose 'cpu'; of a model, load_model(..., mode='lazy') reads weights when they are used"
+        raise UsageError("the device 'meta' cannot be used: tensors have no values there", hint=hint)
+    return found
 
 
 class OpenArchive:

@@ -1,4 +1,5 @@
-"""The command line: its commands, and `main`. The work is in the four verbs, what they show is in `tables`.
+"""The command line: its commands, and `main`. Their work is in other modules, what they show in `tables`
+and `scores`.
 
 Data goes to stdout, everything else to stderr. Exit codes: 0 ok, 1 I/O, 2 usage, 3 malformed, 4 unsupported,
 5 integrity, 6 wrong base (`errors`), and 128 + the number of a signal that ended the work.

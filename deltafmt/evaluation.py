@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from .errors import DeltafmtError, MissingExtraError, UsageError
+from .archive import usable_device
+from .errors import MissingExtraError, UsageError
 from .limits import DEFAULT_LIMITS, Limits
 from .names import escaped
 from .reader import is_archive
@@ -85,9 +86,9 @@ def measure(
     import torch
 
     from .torch.evaluate import evaluate
-    from .torch.tensors import new_cast
+    from .torch.skeleton import foreign_errors
 
-    new_cast(device, None)  # whether there is such a device
+    usable_device(device)
     with _quiet_transformers():
         subjects = [_described(src, base, mode, limits)]
         if against is not None:
@@ -98,7 +99,7 @@ def measure(
         scores = []
         for place, (of, model, other) in enumerate(zip(subjects, models, [*models[1:], None], strict=True)):
             tell = _share_of(progress, of.name, place, len(models))
-            with _foreign_errors(of.name, f"it cannot be computed on {device}", _SMALLER):
+            with foreign_errors(of.name, f"it cannot be computed on {device}", _SMALLER, when_full=_SMALLER):
                 found = evaluate(model, ids, reference=other, length=window, batch=batch, device=device, progress=tell)
             scores.append(_score(of, model, found))
     own, reference = scores[0], scores[1] if len(scores) > 1 else None
@@ -107,6 +108,7 @@ def measure(
 
 
 _SMALLER = "A smaller --batch or --length takes less memory; or take another --dtype or --device"
+_AGAIN = "Get the checkpoint again, or a transformers that knows it"
 
 
 def _share_of(progress: Progress, name: str, place: int, places: int) -> Progress:
@@ -142,6 +144,8 @@ class _Subject:
 def _described(source: PathLike, base: Bases | None, mode: Mode, limits: Limits) -> _Subject:
     from transformers import AutoConfig
 
+    from .torch.skeleton import foreign_errors
+
     path = local_path(source)
     packed = is_archive(path)
     if not packed and (mode != "full" or each_base(base)):
@@ -156,7 +160,7 @@ def _described(source: PathLike, base: Bases | None, mode: Mode, limits: Limits)
             raise UsageError(
                 f"there is no {_CONFIG}, which says what model it is", where=str(source), hint="Name its directory"
             )
-        with _foreign_errors(source, "transformers cannot read its config.json"):
+        with foreign_errors(str(source), "transformers cannot read its config.json", _AGAIN):
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     found = _causal_class(config, str(source))
     inner = config.get_text_config()
@@ -283,10 +287,12 @@ def _tokenized(subject: _Subject, text: str) -> np.ndarray[Any, Any] | None:
     """None if the model has no tokenizer; transformers would make an empty one up."""
     from transformers import AutoTokenizer
 
+    from .torch.skeleton import foreign_errors
+
     with _files(subject.path, subject.limits) as folder:
         if not any(_TOKENIZER.fullmatch(file.name) for file in folder.iterdir()):
             return None
-        with _foreign_errors(subject.name, "transformers cannot read its tokenizer"):
+        with foreign_errors(subject.name, "transformers cannot read its tokenizer", _AGAIN):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             return np.asarray(tokenizer(text)["input_ids"], np.int64)
 
@@ -312,13 +318,14 @@ def _loaded(subject: _Subject, device: str, dtype: str | None) -> Any:
     import torch
 
     from .torch import load_model
+    from .torch.skeleton import foreign_errors
 
     wanted: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
     if subject.packed:
         return load_model(
             subject.path, subject.mode, device=device, dtype=wanted, base=subject.base, limits=subject.limits
         )
-    with _foreign_errors(subject.name, "transformers cannot load it"):
+    with foreign_errors(subject.name, "transformers cannot load it", _AGAIN, when_full=_SMALLER):
         model, info = subject.model_class.from_pretrained(
             subject.path,
             dtype=wanted or "auto",
@@ -350,21 +357,6 @@ def _score(of: _Subject, model: Any, found: Evaluation) -> Score:
         resident_bytes=resident_bytes(model),
         tokens_per_second=found.tokens_per_second,
     )
-
-
-# What transformers says
-
-
-@contextlib.contextmanager
-def _foreign_errors(where: PathLike, what: str, hint: str = "") -> Iterator[None]:
-    """What a library raises about a model, of whatever class, as `UsageError`."""
-    try:
-        yield
-    except DeltafmtError:
-        raise
-    except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UsageError(f"{what}: {told[:300]}", where=str(where), hint=hint) from error
 
 
 @contextlib.contextmanager

@@ -19,28 +19,24 @@ say so. `write_auto_map` makes an archive load with `trust_remote_code=True` whe
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .archive import open as open_archive
-from .digests import digest
+from .archive import open as open_lazily
+from .archive import usable_device
+from .auto_map import STUB, check_auto_map, stand_in, write_auto_map
 from .dtypes import DTYPES
-from .durable import Staging
-from .errors import AccessError, DeltafmtError, MalformedError, MissingExtraError, UsageError
-from .manifest import Sidecar
+from .errors import DeltafmtError, MissingExtraError, UsageError
 from .names import MANIFEST
 from .reader import Archive, is_archive, read_manifest
-from .sources import Bases, PathLike
-from .sources import open_archive as open_for_reading
+from .sources import Bases, PathLike, open_archive
 from .torch import LazyTensor, load_model
 from .torch.model import check_configuration
 from .torch.skeleton import CONFIG, foreign_errors, generation_config, named_classes, no_config, settings
-from .torch.tensors import Cast, SharedPieces, nbytes, new_cast, room_for, torch_dtype
+from .torch.tensors import Cast, SharedPieces, check_float, nbytes, room_for, torch_dtype
 
 try:
     import torch
@@ -51,11 +47,11 @@ try:
 except ImportError as error:
     raise MissingExtraError("loading archives with transformers needs torch and transformers", extra="hf") from error
 
+__all__ = ["OLDEST", "STUB", "check_auto_map", "register", "stand_in", "write_auto_map"]
+
 OLDEST = "5.0"
 """The first version of transformers whose loader takes lazy slices."""
-STUB = "modeling_deltafmt.py"
 _GENERATION = "generation_config.json"
-_NO_CLASS = "Upgrade transformers, or do without --auto-map (write_auto_map in Python)"
 _MODES = ("mode", "rank", "max_bytes")
 _BOOKKEEPING = frozenset({"_from_auto", "_from_pipeline", "adapter_kwargs", "weights_only", "use_safetensors"})
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -98,8 +94,10 @@ def register() -> None:
         for option in (*_DOWNLOAD, "subfolder"):
             kwargs.pop(option, None)
         asked = {option: value for option in _MODES if (value := kwargs.pop(option, None)) is not None}
+        dense = asked in ({}, {"mode": "full"})
+        _check_options(folder, kwargs, configured=dense and kwargs.get("config") is not None)
         with _explained(folder, kwargs):
-            if asked in ({}, {"mode": "full"}):
+            if dense:
                 return _load(functools.partial(original, cls), folder, os.fspath(name), args, kwargs)
             return _load_as(cls, folder, asked, args, kwargs)
 
@@ -107,10 +105,10 @@ def register() -> None:
     transformers.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
     for auto_class in vars(modeling_auto).values():
         if isinstance(auto_class, type) and "from_pretrained" in vars(auto_class):
-            _explain(auto_class)
+            _wrap_auto_class(auto_class)
 
 
-def _explain(auto_class: Any) -> None:
+def _wrap_auto_class(auto_class: Any) -> None:
     """Let an Auto class, each of which has a `from_pretrained` of its own, say what is wrong with an archive."""
     original = auto_class.from_pretrained.__func__
 
@@ -120,6 +118,7 @@ def _explain(auto_class: Any) -> None:
         if not is_archive(folder):
             return original(cls, pretrained_model_name_or_path, *args, **kwargs)
         _refuse_single_file(folder)
+        _check_options(folder, kwargs, configured=kwargs.get("config") is not None)
         with _explained(folder, kwargs):
             return original(cls, pretrained_model_name_or_path, *args, **kwargs)
 
@@ -141,25 +140,28 @@ def _load_plain(original: Any, name: PathLike | None, **kwargs: Any) -> Any:
         raise
 
 
-@contextmanager
-def _explained(folder: Path, options: Mapping[str, Any]) -> Iterator[None]:
-    """Check what may be said before transformers is asked to load an archive. If it fails, look whether the archive's
-    config.json is to blame, and say so; its own error stands if not."""
+def _check_options(folder: Path, options: Mapping[str, Any], configured: bool) -> None:
+    """What can be said before transformers is asked to load an archive; `configured`: without its config.json."""
     for option in ("dtype", "torch_dtype"):
         _check_dtype(options.get(option))
     _check_devices(options.get("device_map"))
-    own, trusted = options.get("config") is None, bool(options.get("trust_remote_code"))
-    if own:
+    if not configured:
         _refuse_single_file(folder)
         if not (folder / CONFIG).is_file():
             raise no_config(folder)
+
+
+@contextmanager
+def _explained(folder: Path, options: Mapping[str, Any]) -> Iterator[None]:
+    """If loading an archive fails, look whether its config.json is to blame, and say so; if not, the error stands."""
+    own, trusted = options.get("config") is None, bool(options.get("trust_remote_code"))  # loading changes them
     try:
         yield
     except DeltafmtError:
         raise
     except Exception:
         if own:
-            with open_for_reading(folder) as archive:
+            with open_archive(folder) as archive:
                 check_configuration(archive, trusted)
         raise
 
@@ -176,19 +178,18 @@ def _refuse_single_file(archive: Path) -> None:
 def _check_dtype(dtype: Any) -> None:
     """Raise `UsageError` for one that torch does not have, or that weights cannot have; transformers takes mappings."""
     found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if found in (None, "auto") or isinstance(found, Mapping):
-        return
-    if not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise UsageError(
-            f"{dtype!r} is no floating-point dtype of torch", hint="Pass one, such as torch.bfloat16 or 'bfloat16'"
-        )
+    if found not in (None, "auto") and not isinstance(found, Mapping):
+        check_float(found)
 
 
 def _check_devices(device_map: Any) -> None:
     """Raise `UsageError` for a device that there is not."""
-    for device in device_map.values() if isinstance(device_map, Mapping) else [device_map]:
+    places = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    if isinstance(device_map, Mapping) and (not places or None in places):
+        raise UsageError("the device_map leaves modules without a device", hint='Try {"": "cpu"}, or "auto"')
+    for device in places:
         if device not in (None, "disk", "meta", *_SPREAD):
-            new_cast(device, None)
+            usable_device(device)
 
 
 def _one_device(device_map: Any) -> Any:
@@ -225,7 +226,7 @@ def _load(original: Any, folder: Path, name: str, args: tuple[Any, ...], kwargs:
     base: Bases | None = kwargs.pop("base", None)
     if kwargs.get("config") is None:
         kwargs["config"] = str(folder)
-    with open_archive(folder, base, framework="pt") as archive, archive.computing():
+    with open_lazily(folder, base, framework="pt") as archive, archive.computing():
         shared = SharedPieces(archive)
         weights = {tensor: _Weight(shared.get_slice(tensor), Cast()) for tensor in archive.keys()}  # noqa: SIM118
         with _room_for_all(archive._archive, kwargs):
@@ -243,15 +244,12 @@ def _room_for_all(archive: Archive, options: Mapping[str, Any]) -> AbstractConte
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     needed = nbytes(archive, Cast(None, dtype if isinstance(dtype, torch.dtype) else None))
     device = _one_device(options.get("device_map"))
-    place = None if device in (_SEVERAL, "disk", "meta") else new_cast(device, None).device
+    place = None if device in (None, _SEVERAL, "disk", "meta") else usable_device(device)
     return room_for(needed, place, "Take another device or dtype, mode='fused' with max_bytes=, or mode='lazy'")
 
 
 def _load_as(cls: Any, folder: Path, asked: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The ways of `load_model`, which reads the configuration itself."""
-    _refuse_single_file(folder)
-    if not (folder / CONFIG).is_file():
-        raise no_config(folder)
     passed = asked | {name: kwargs.pop(name) for name in ("base", "trust_remote_code") if name in kwargs}
     dtype = kwargs.pop("torch_dtype", None)
     dtype = kwargs.pop("dtype", None) or dtype
@@ -296,116 +294,6 @@ class _Weight(LazyTensor):
 
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
-
-
-# For those who do not import this module
-
-
-def check_auto_map(checkpoint: PathLike) -> None:
-    """Raises what `write_auto_map` would of the archive of a local checkpoint, before there is one."""
-    folder = Path(checkpoint)
-    if folder.is_dir():
-        if not (folder / CONFIG).is_file():
-            raise UsageError(f"the checkpoint has no {CONFIG}", where=str(folder), hint="Leave out --auto-map")
-        _auto_map(folder / CONFIG)
-
-
-def _auto_map(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """A configuration, and the `auto_map` that names our stub for its classes."""
-    where = str(file)
-    try:
-        config = json.loads(file.read_bytes())
-    except OSError as error:
-        raise AccessError(f"cannot read: {error.strerror}", where=where) from error
-    except ValueError as error:
-        raise MalformedError("not JSON", where=where) from error
-    auto_map = {name: f"{Path(STUB).stem}.{name}" for name in _auto_classes(config, where)}
-    if config.get("auto_map", auto_map) != auto_map:
-        raise UsageError("the model has code of its own", where=where, found="auto_map", hint="Import deltafmt.hf")
-    return config, auto_map
-
-
-def write_auto_map(archive: PathLike) -> None:
-    """Let an archive be loaded by `AutoModel....from_pretrained(archive, trust_remote_code=True)` alone.
-
-    `config.json` gets an `auto_map`, and a small module (`STUB`) that imports deltafmt comes beside it; both are
-    sidecars of the archive afterwards, so that `verify` holds, and `unpack` gives the config with its `auto_map`, too.
-    The packer copies config.json byte for byte, so this is for archives whose owner wants it. Done twice, it changes
-    nothing; interrupted, it is finished by doing it again.
-
-    Without deltafmt, such an archive is refused with a message that says what to install.
-
-    Raises:
-        UsageError: there is no config.json, it has an `auto_map` of its own, or no Auto class knows the model.
-        AccessError: the file system refused.
-        DeltafmtError: what `archive` names is not one.
-    """
-    folder = Path(os.path.abspath(archive))
-    manifest = read_manifest(folder)
-    if folder.is_file():
-        raise UsageError("transformers needs a directory", where=str(folder), hint="Pack without --single-file")
-    if CONFIG not in manifest.sidecars:
-        raise UsageError(f"the archive has no {CONFIG}", where=str(folder), hint="Pack a checkpoint that has one")
-    config, auto_map = _auto_map(folder / CONFIG)
-    text = json.dumps({**config, "auto_map": auto_map}, indent=2, ensure_ascii=False) + "\n"
-    written = {STUB: _stub(auto_map).encode(), CONFIG: text.encode()}
-    sidecars = {name: Sidecar(len(data), digest(data)) for name, data in written.items()}
-    changed = replace(manifest, sidecars=dict(sorted({**manifest.sidecars, **sidecars}.items())))
-    written[MANIFEST] = changed.to_bytes()
-    with Staging(folder.with_name(f"{folder.name}.auto-map")) as staging:
-        for name, data in written.items():
-            staging.write(name, [data])
-        try:
-            for name in written:  # the manifest last
-                os.replace(staging.path / name, folder / name)
-        except OSError as error:
-            raise AccessError(f"cannot write: {error.strerror}", where=str(folder)) from error
-
-
-def _auto_classes(config: Any, where: str) -> list[str]:
-    """Names of the Auto classes that know a model."""
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in transformers.CONFIG_MAPPING:
-        raise UsageError("a model that transformers does not know", where=where, found=kind, hint=_NO_CLASS)
-    kind_of_config = transformers.CONFIG_MAPPING[kind]
-    found = [
-        name
-        for name in dir(modeling_auto)
-        if name.startswith("AutoModel")
-        and hasattr(transformers, name)
-        and kind_of_config in getattr(modeling_auto, name)._model_mapping
-    ]
-    if not found:
-        raise UsageError("no Auto class knows the model", where=where, found=kind, hint=_NO_CLASS)
-    return found
-
-
-def _stub(auto_map: Mapping[str, str]) -> str:
-    lines = "\n".join(f'{name} = stand_in("{name}")' for name in auto_map)
-    return f'''"""With `pip install "deltafmt[hf]"` and `trust_remote_code=True` this archive loads."""
-
-import deltafmt
-from deltafmt.hf import stand_in
-
-{lines}
-'''
-
-
-def stand_in(auto_class: str) -> type:
-    """What `auto_map` names for an Auto class of transformers: it loads with transformers' own model classes."""
-
-    class StandIn:
-        @staticmethod
-        def register_for_auto_class(auto_class: Any) -> None:
-            """Asked of all that `auto_map` names; but what is loaded is no custom code, and not saved as such."""
-
-        @staticmethod
-        def from_pretrained(name: PathLike, *args: Any, config: Any, **kwargs: Any) -> Any:
-            del config.auto_map
-            kwargs.pop("trust_remote_code", None)
-            return getattr(transformers, auto_class).from_pretrained(name, *args, config=config, **kwargs)
-
-    return StandIn
 
 
 register()

@@ -75,6 +75,7 @@ def _unfit(archive: Archive, file: str, what: str) -> MalformedError:
 def output_dtype(name: str) -> Dtype:
     """The dtype of `unpack --dtype`: a safetensors or torch name of a float type. Raises `UsageError`."""
     known = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "fp32": "F32", "fp16": "F16"}
+    name = str(name)  # or a dtype of torch
     found = DTYPES.get(known.get(name.lower().removeprefix("torch."), name.upper()))
     if found is None or not found.is_float:
         raise UsageError(

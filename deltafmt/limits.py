@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any, SupportsIndex
 
 from .errors import MalformedError, UsageError
@@ -71,6 +73,11 @@ def check_count(name: str, value: SupportsIndex | None, at_least: int) -> None:
         number = None
     if number is None or number < at_least:
         raise UsageError(f"{name} is no whole number of {at_least} or more", found=_shown(value), hint="Pass an int")
+
+
+def is_finite(value: object) -> bool:
+    """Whether this is a number, and one that can be reckoned with."""
+    return type(value) is not bool and isinstance(value, Real) and math.isfinite(value)
 
 
 def _shown(value: Any) -> str:

@@ -14,7 +14,7 @@ from .dtypes import Dtype, Shape
 from .encodings import Encoding
 from .errors import MalformedError
 from .operators import Operator
-from .strictjson import canonical
+from .strictjson import canonical, pointer_to
 
 FORMAT = "deltafmt"
 MAJOR, MINOR = 1, 0
@@ -154,7 +154,7 @@ class Manifest:
             )
         for name in self.arrays:
             if name.startswith(names.SIDECAR_PREFIX):
-                raise MalformedError("the name is a sidecar's", where=f"/arrays/{names.escaped(name)}", reason="name")
+                raise MalformedError("the name is a sidecar's", where=pointer_to("arrays", name), reason="name")
 
     def to_bytes(self) -> bytes:
         """Print in canonical form, checksum first."""

@@ -31,7 +31,7 @@ from .manifest import (
 )
 from .operators import parse_recipe
 from .records import Record, kinds_and_shapes
-from .strictjson import Fields, check_depth, parse
+from .strictjson import Fields, check_depth, parse, pointer_to
 
 FEATURES: frozenset[str] = frozenset()
 
@@ -82,7 +82,7 @@ def parse_manifest(data: bytes, where: str, limits: Limits = DEFAULT_LIMITS) -> 
         tensors=_named(fields.object("tensors"), "/tensors", limits, _parse_tensors, _parse_tensor),
         checkpoint=_parse_checkpoint(fields.take("checkpoint", dict, "an object"), limits),
         sidecars={
-            name: _parse_sidecar(item, f"/sidecars/{name}")
+            name: _parse_sidecar(item, pointer_to("sidecars", name))
             for name, item in _capped(fields.object("sidecars"), "sidecars", limits).items()
         },
         annotations=_parse_annotations(fields),
@@ -96,7 +96,7 @@ def parse_manifest(data: bytes, where: str, limits: Limits = DEFAULT_LIMITS) -> 
     for name, array in manifest.arrays.items():
         if array.shard >= len(manifest.shards):
             raise MalformedError(
-                "there is no such shard", where=f"/arrays/{name}/shard", found=array.shard, reason="schema"
+                "there is no such shard", where=pointer_to("arrays", name, "shard"), found=array.shard, reason="schema"
             )
     return manifest
 
@@ -148,7 +148,8 @@ def _named(
         names.check_plain(items)
         return dict(zip(items, parse_all(items, limits), strict=True))
     return {
-        name: parse_item(item, f"{pointer}/{names.check_name(name, pointer)}", limits) for name, item in items.items()
+        name: parse_item(item, pointer + pointer_to(names.check_name(name, pointer)), limits)
+        for name, item in items.items()
     }
 
 
@@ -165,10 +166,8 @@ def _parse_shape(items: list[Any], kind: Dtype, pointer: str, limits: Limits) ->
     for size in items:
         if type(size) is not int or not 0 <= size <= MAX_INTEGER:
             raise MalformedError("a dimension that is no size", where=pointer, found=repr(size)[:40], reason="shape")
-    if len(items) > limits.dimensions:
-        limits.check("dimensions", len(items), pointer)
-    if kind.nbytes(items) > limits.tensor_bytes:
-        limits.check("tensor_bytes", kind.nbytes(items), pointer)
+    limits.check("dimensions", len(items), pointer)
+    limits.check("tensor_bytes", kind.nbytes(items), pointer)
     return tuple(items)
 
 
@@ -220,7 +219,7 @@ def _parse_array(item: object, pointer: str, limits: Limits) -> Array:
 
 
 def _parse_base(name: str, item: object, limits: Limits) -> Base:
-    pointer = f"/bases/{names.escaped(name)}"
+    pointer = pointer_to("bases", name)
     if not names.BASE_ID.fullmatch(name):
         raise MalformedError("not a base id", where=pointer, expected=names.BASE_ID.pattern, reason="name")
     fields = Fields(item, pointer)
@@ -258,22 +257,28 @@ def _parse_tensors(items: dict[str, Any], limits: Limits) -> Iterable[Tensor]:
 
 
 def _parse_tensor(item: object, pointer: str, limits: Limits) -> Tensor:
-    exact = isinstance(item, dict) and "rel_error" not in item
-    kind_name, shape, recipe, error = _EXACT_TENSOR(item, pointer) if exact else _approximate(item, pointer)
+    if isinstance(item, dict) and "rel_error" in item:
+        return _parse_approximate(item, pointer, limits)
+    kind_name, shape, recipe, digest = _EXACT_TENSOR(item, pointer)
+    kind = dtype(kind_name, pointer)
+    return Tensor(
+        kind,
+        _parse_shape(shape, kind, pointer, limits),
+        parse_recipe(recipe, f"{pointer}/recipe"),
+        digest=_checked_digest(digest, pointer),
+    )
+
+
+def _parse_approximate(item: dict[str, Any], pointer: str, limits: Limits) -> Tensor:
+    fields = Fields(item, pointer)
+    kind_name, shape = fields.text("dtype"), fields.array("shape")
+    recipe, error = fields.object("recipe"), fields.number("rel_error")
+    fields.done()
     kind = dtype(kind_name, pointer)
     parsed = kind, _parse_shape(shape, kind, pointer, limits), parse_recipe(recipe, f"{pointer}/recipe")
-    if exact:
-        return Tensor(*parsed, digest=_checked_digest(error, pointer))
     if not error >= 0:
         raise MalformedError("a negative error", where=f"{pointer}/rel_error", reason="schema")
     return Tensor(*parsed, rel_error=error)
-
-
-def _approximate(item: object, pointer: str) -> tuple[str, list[Any], dict[str, Any], float]:
-    fields = Fields(item, pointer)
-    values = fields.text("dtype"), fields.array("shape"), fields.object("recipe"), fields.number("rel_error")
-    fields.done()
-    return values
 
 
 def _parse_annotations(fields: Fields) -> dict[str, Any]:

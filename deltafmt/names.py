@@ -15,7 +15,8 @@ SIDECAR_PREFIX = "deltafmt.sidecar/"
 """And the name of a sidecar: an array in the single-file form."""
 SHARD_PATTERN = re.compile(r"deltafmt-[^/]*\.safetensors")
 _TAKEN_FOR_WEIGHTS = re.compile(
-    r"(model|pytorch_model|adapter_model|diffusion_pytorch_model)(\..+)?(-[0-9]+-of-[0-9]+)?\.safetensors"
+    r"(model|pytorch_model|adapter_model|diffusion_pytorch_model)(\..+)?(-[0-9]+-of-[0-9]+)?\.safetensors",
+    re.IGNORECASE,  # as some file systems do
 )
 """What other tools load by itself, as a variant (`model.fp16.safetensors`), or as one shard of several."""
 BASE_ID = re.compile(r"[a-z0-9_-]{1,64}")

@@ -1,4 +1,4 @@
-"""Ordered work on a pool of threads, with a bound on the bytes in flight."""
+"""Ordered work on a pool of threads, with a bound on the bytes in flight; room in memory that threads share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -99,3 +100,25 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Room:
+    """For how many elements at once there is memory: who wants more waits for others to leave, or is alone."""
+
+    def __init__(self, elements: int) -> None:
+        self._elements = self._free = elements
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, elements: int) -> Iterator[None]:
+        """Wait for room for so many elements, or for all there is; keep it until the `with` block ends."""
+        taken = min(elements, self._elements)
+        with self._changed:
+            self._changed.wait_for(lambda: taken <= self._free)
+            self._free -= taken
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += taken
+                self._changed.notify_all()

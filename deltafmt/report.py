@@ -108,8 +108,8 @@ class VerifyReport(Report):
 
 @dataclass(frozen=True)
 class InspectReport(Report):
-    """`roles` maps base, factors, residual, weights, layout, sidecars, manifest and overhead to bytes; `sharing` maps a
-    tensor to what it refers to; `files` are those that `unpack` writes.
+    """`roles` maps base, factors, residual, layout, sidecar, manifest and overhead to bytes; `sharing` maps a tensor to
+    what it refers to; `files` are those that `unpack` writes.
     """
 
     source: str = ""
@@ -150,8 +150,8 @@ class Score:
         model: as it was named.
         mode: how an archive was loaded; `plain` for a checkpoint.
         bases: the bases given; `stored_bytes` are without them.
-        perplexity, accuracy, agreement, kl: as those of `deltafmt.deltallm.Evaluation`; the last two are None for the
-            reference, and without one.
+        perplexity, accuracy, agreement, kl: as those of `deltafmt.torch.evaluate.Evaluation`; the last two are None for
+            the reference, and without one.
         parameters: how many numbers it computes with; what is tied or shared counts once.
         stored_bytes: of all of its files.
         resident_bytes: of parameters and buffers in memory.

@@ -16,6 +16,7 @@ from .limits import DEFAULT_LIMITS, RECIPE_DEPTH, RECIPE_NODES, Limits
 from .manifest import Manifest, Tensor
 from .names import escaped
 from .operators import Facts, Lowrank, Operator, Patch, Ref, Scaled, Stored, Sum, Target
+from .strictjson import pointer_to
 
 
 class _Extent(NamedTuple):
@@ -26,7 +27,7 @@ class _Extent(NamedTuple):
 
 
 def _too_large(tensor: str, what: str) -> MalformedError:
-    return MalformedError(what, where=f"/tensors/{escaped(tensor)}", reason="cycle")
+    return MalformedError(what, where=pointer_to("tensors", tensor), reason="cycle")
 
 
 class ManifestScope:
@@ -122,13 +123,12 @@ class ManifestScope:
             self._check_recipe(name)
             self._extent(name, extents, [], 0)
             if len(self._group_chunks(name, chunks)) > 1:
-                raise MalformedError(
-                    "groups in chunks of several sizes", where=f"/tensors/{escaped(name)}/recipe", reason="operand"
-                )
+                where = pointer_to("tensors", name, "recipe")
+                raise MalformedError("groups in chunks of several sizes", where=where, reason="operand")
         for array in self._manifest.arrays:
             if array not in used:
                 raise MalformedError(
-                    "a stored array that nothing uses", where=f"/arrays/{escaped(array)}", reason="coverage"
+                    "a stored array that nothing uses", where=pointer_to("arrays", array), reason="coverage"
                 )
         self._check_checkpoint()
 
@@ -139,7 +139,7 @@ class ManifestScope:
 
     def _check_recipe(self, name: str) -> None:
         tensor = self._manifest.tensors[name]
-        pointer = f"/tensors/{escaped(name)}/recipe"
+        pointer = pointer_to("tensors", name, "recipe")
         facts = tensor.recipe.infer(self, self.target(name), pointer)
         if facts.shape != tensor.shape:
             raise MalformedError(
@@ -214,6 +214,5 @@ class ManifestScope:
                     f"there is no stored array '{escaped(name)}'", where="/checkpoint", reason="operand"
                 )
             if array.dtype.name != "U8" or len(array.shape) != 1:
-                raise MalformedError(
-                    "a header that is not a list of bytes", where=f"/arrays/{escaped(name)}", reason="operand"
-                )
+                where = pointer_to("arrays", name)
+                raise MalformedError("a header that is not a list of bytes", where=where, reason="operand")

@@ -30,8 +30,7 @@ def show(report: EvalReport, *, markdown: bool = False) -> None:
 
 
 def _tables(report: EvalReport) -> Iterator[Table]:
-    scores = [score for score in (report.model, report.against) if score is not None]
-    named = [("model", report.model), *([("against", report.against)] if report.against else [])]
+    named = _named(report)
     facts = [("text", f"{escaped(report.text)}: {count(report.tokens, 'token')} predicted")]
     facts += [("windows", f"{report.length} tokens, {report.batch} at once, on {report.device}")]
     for role, score in named:
@@ -40,19 +39,24 @@ def _tables(report: EvalReport) -> Iterator[Table]:
     yield new_facts([*facts, ("time", f"{report.seconds:.1f} s")])
     table = new_table(Column("", style="cyan"), *(number(role) for role, _ in named), legend())
     for name, text, told in _SCORES:
-        if any(cells := [text(score) for score in scores]):
+        if any(cells := [text(score) for _, score in named]):
             table.add_row(name, *cells, told)
     yield table
 
 
 def _markdown(report: EvalReport) -> Table:
-    scores = [score for score in (report.model, report.against) if score is not None]
+    scores = [score for _, score in _named(report)]
     shown = [(name, text) for name, text, _ in _SCORES if any(text(score) for score in scores)]
     table = Table("model", *(number(name) for name, _ in shown), box=box.MARKDOWN)
     for score in scores:
         name = escaped(score.model).replace("|", r"\|")  # a bare pipe would end the cell
         table.add_row(name, *(text(score) for _, text in shown))
     return table
+
+
+def _named(report: EvalReport) -> list[tuple[str, Score]]:
+    """The models that were measured, by their roles."""
+    return [("model", report.model), *([("against", report.against)] if report.against else [])]
 
 
 def _percent(share: float | None) -> str:

@@ -15,6 +15,8 @@ from .native import keys_rise
 _MAX_DIGITS = 19
 _DIGITS_AND_ENDS = bytes(0x30 if c in b"0123456789" else 0x2C if c in b",}] \t\r\n" else 0x78 for c in range(256))
 _LONG_INTEGER = b"0" * (_MAX_DIGITS + 1) + b","
+"""Translated so, text that holds an integer of too many digits holds this: a run of 20 digits that no `.` or `e`
+follows. One pass in C over all of it, instead of a call of Python for each integer."""
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -45,30 +47,33 @@ def parse(data: bytes, where: str) -> Any:
     except json.JSONDecodeError as error:
         what = f"not JSON: {error.msg} at character {error.pos}"
     except (_ForbiddenError, RecursionError) as error:
-        what, pointer = _first_forbidden(text, JSON_DEPTH if isinstance(error, RecursionError) else len(text))
-        where = f"{where}: {pointer}" if pointer else where
+        deep = isinstance(error, RecursionError)
+        what = f"nested deeper than {JSON_DEPTH}" if deep else str(error)
+        if len(text) <= _LOOKED_AT:
+            what, pointer = _first_forbidden(text, JSON_DEPTH if deep else len(text))
+            where = f"{where}: {pointer}"
     raise MalformedError(what, where=where, reason="json")
 
 
 class _ForbiddenError(Exception):
-    """Strict JSON may not say this. What it is and where, `_first_forbidden` finds out."""
+    """Strict JSON may not say this. Which it is and where, `_first_forbidden` finds out."""
 
 
 def _forbid(text: str) -> NoReturn:
-    raise _ForbiddenError
+    raise _ForbiddenError(f"{text} is not a JSON number")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise _ForbiddenError
+        raise _ForbiddenError("a duplicate key")
     return result
 
 
 def _integer(text: str) -> int:
     """Costs a call for each integer, so it is used only where a long one may be."""
     if _is_long(text):
-        raise _ForbiddenError
+        raise _ForbiddenError(f"an integer of more than {_MAX_DIGITS} digits")
     return int(text)
 
 
@@ -78,7 +83,7 @@ def _is_long(integer: str) -> bool:
 
 def _real(text: str) -> float:
     if not _is_finite(text):
-        raise _ForbiddenError
+        raise _ForbiddenError("a number outside the range of a double")
     return float(text)
 
 
@@ -96,7 +101,16 @@ def _check_surrogates(value: Any) -> None:
         elif isinstance(item, list):
             pending += item
         elif isinstance(item, str) and _SURROGATE.search(item):
-            raise _ForbiddenError
+            raise _ForbiddenError("a lone surrogate")
+
+
+_LOOKED_AT = 1 << 21
+"""Characters: the manifest of some 5,000 tensors, and about a second. Of more is only said what is wrong."""
+_TOKEN = re.compile(
+    r'[ \t\n\r]*(?:("[^"\\]*"|["\[\]{},:]|true|false|null|NaN|-?Infinity)'
+    r"|(-?(?:0|[1-9][0-9]*))((?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?))"
+)
+_read_string = json.JSONDecoder().raw_decode
 
 
 def _first_forbidden(text: str, deepest: int) -> tuple[str, str]:
@@ -107,7 +121,7 @@ def _first_forbidden(text: str, deepest: int) -> tuple[str, str]:
     way: list[str | int] = []  # of each container that is open, the key or index that has been reached
     keys: list[set[str]] = []  # and the keys so far
     at, before, what = 0, "", ""
-    while not what and at < _LOOKED_AT and (token := _TOKEN.match(text, at)):
+    while not what and (token := _TOKEN.match(text, at)):
         at, (mark, number, fraction) = token.end(), token.groups()
         if mark is None:
             if fraction and not _is_finite(number + fraction):
@@ -141,19 +155,12 @@ def _first_forbidden(text: str, deepest: int) -> tuple[str, str]:
         elif mark in ("NaN", "Infinity", "-Infinity"):
             what = f"{mark} is not a JSON number"
         before = mark
-    if not what:
-        return f"not strict JSON behind character {at}", ""
-    steps = [str(step).replace("~", "~0").replace("/", "~1") for step in way]
-    return what, escaped("/" + "/".join(steps))
+    return what or f"not strict JSON behind character {at}", pointer_to(*way) or "/"
 
 
-_LOOKED_AT = 1 << 24
-"""Characters: the manifest of some 40,000 tensors."""
-_TOKEN = re.compile(
-    r'[ \t\n\r]*(?:("[^"\\]*"|["\[\]{},:]|true|false|null|NaN|-?Infinity)'
-    r"|(-?(?:0|[1-9][0-9]*))((?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?))"
-)
-_read_string = json.JSONDecoder().raw_decode
+def pointer_to(*steps: str | int) -> str:
+    """A JSON pointer (RFC 6901), each step of it as it can be shown on a terminal."""
+    return "".join("/" + escaped(str(step).replace("~", "~0").replace("/", "~1")) for step in steps)
 
 
 def check_depth(value: Any, where: str, deepest: int = JSON_DEPTH) -> None:

@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from functools import singledispatch
 
-from rich import box
 from rich.console import RenderableType
 from rich.table import Column, Table
 from rich.text import Text
@@ -163,11 +162,11 @@ def _(report: ExportReport) -> Iterator[RenderableType]:
         ]
     )
     if report.tensors:
-        table = Table("lost", "rank", "tensor", "", box=box.SIMPLE_HEAD, title="What loses most", title_justify="left")
+        table = new_table(number("lost"), number("rank"), _name("what loses most"), legend())
         worst = sorted(report.tensors.items(), key=lambda item: -(item[1].rel_error or 0.0))
         for name, tensor in worst[:_LISTED]:
-            rank = "" if tensor.rank is None else str(tensor.rank)
-            table.add_row(f"{tensor.rel_error:.3g}", rank, escaped(name), report.left_out.get(name, ""))
+            left_out = report.left_out.get(name, "")
+            table.add_row(f"{tensor.rel_error:.3g}", _or_blank(tensor.rank), escaped(name), left_out)
         yield table
 
 

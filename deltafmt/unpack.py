@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from .dtypes import Bits, Dtype, round_to, widen
 from .durable import NewFile, Staging
@@ -112,7 +113,7 @@ def unpack(
 
 
 class _Written(NamedTuple):
-    """A piece of a tensor; if it was cast, the squared norms of what its finite values lost thereby, and of these."""
+    """A piece of a tensor; if it was cast, the norms of what its finite values lost thereby, and of these."""
 
     bits: Bits
     lost: float = 0.0
@@ -150,7 +151,7 @@ class _Unpacker:
         ):
             self._progress(self._done, self._total, piece.name)
             self._done += written.bits.nbytes
-            lost, norm = lost + written.lost, norm + written.norm
+            lost, norm = math.hypot(lost, written.lost), math.hypot(norm, written.norm)
             if self._archive.manifest.tensors[piece.name].exact:
                 running.update(written.bits)
                 if piece.last:
@@ -165,7 +166,7 @@ class _Unpacker:
 
     def _error(self, name: str, lost: float, norm: float) -> float:
         """The relative error of a tensor that was cast, to the original: at most that, if it was an approximation."""
-        error = math.sqrt(lost / norm) if norm else math.sqrt(lost)
+        error = lost / norm if norm else lost
         before = self._archive.manifest.tensors[name].rel_error or 0.0
         return before + error * (1 + before)  # the norm of what was cast is at most 1 + before times the original's
 
@@ -197,6 +198,12 @@ def _cast(bits: Bits, source: Dtype, target: Dtype, name: str) -> _Written:
     for begin in range(0, values.size, _BLOCK_ELEMENTS):
         block = slice(begin, begin + _BLOCK_ELEMENTS)
         exact, found = (np.where(finite[block], each[block], 0).astype("f8", copy=False) for each in (values, back))
-        wrong = found - exact
-        lost, norm = lost + float(np.dot(wrong, wrong)), norm + float(np.dot(exact, exact))
+        lost, norm = math.hypot(lost, _norm(found - exact)), math.hypot(norm, _norm(exact))
     return _Written(rounded, lost, norm)
+
+
+def _norm(values: npt.NDArray[np.float64]) -> float:
+    """Of any size: squares alone would leave the range of a double."""
+    exponent = int(np.frexp(np.abs(values).max(initial=0))[1])
+    scaled = np.ldexp(values, -exponent)
+    return math.ldexp(math.sqrt(float(np.dot(scaled, scaled))), exponent)

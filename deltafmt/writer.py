@@ -16,7 +16,7 @@ from .manifest import Array, Base, Manifest, Shard, Sidecar, Tensor, WeightFile
 from .manifest import Checkpoint as CheckpointEntry
 from .names import CHUNK_TABLE, MANIFEST, SIDECAR_PREFIX, check_kept_name, shard_name
 from .scope import ManifestScope
-from .shards import ShardWriter, header_room, raw_bytes
+from .shard_writer import ShardWriter, header_room, raw_bytes
 
 SHARD_BYTES = 5_000_000_000
 _ARRAYS_PER_TENSOR = 4  # two factors, a scale and a residual

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -16,8 +15,8 @@ import pytest
 
 from deltafmt import native
 from deltafmt.dtypes import DTYPES
-from deltafmt.operators import Facts, Lowrank, Operator, Stored, Sum, Target
-from deltafmt.operators.base import Read
+from deltafmt.methods.prediction import Elements, InMemory
+from deltafmt.operators import Lowrank, Operator, Stored, Sum, Target
 from deltafmt.rebuild import Rebuilder
 from exact_factors import Exact
 
@@ -29,38 +28,10 @@ NUMPY: dict[str, npt.DTypeLike] = {
 WAYS = ("kernels", "numpy")
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Stored arrays by name, with their dtypes."""
-
-    arrays: dict[str, tuple[str, Array]]
-
-    def array(self, name: str) -> Facts | None:
-        dtype, array = self.arrays[name]
-        return Facts(DTYPES[dtype], array.shape, exact=True)
-
-    def tensor(self, name: str) -> Facts | None:
-        return None
-
-    def base_tensor(self, base: str, name: str) -> Facts | None:
-        return None
-
-    def array_reader(self, name: str) -> Read:
-        dtype, array = self.arrays[name]
-        bits = np.ascontiguousarray(array).reshape(-1).view(DTYPES[dtype].bits)
-        return lambda lo, hi, out: np.copyto(out, bits[lo:hi])
-
-    def tensor_reader(self, name: str) -> Read:
-        raise KeyError(name)
-
-    def base_reader(self, base: str, name: str) -> Read:
-        raise KeyError(base)
-
-
 class Subject(Rebuilder):
     """A rebuilder that can be made again: what it reads of factors depends on who multiplies them."""
 
-    def __init__(self, recipe: Operator, memory: Memory, target: Target) -> None:
+    def __init__(self, recipe: Operator, memory: InMemory, target: Target) -> None:
         super().__init__(recipe, memory, memory, target)
         self._made_of = recipe, memory, target
 
@@ -72,12 +43,16 @@ class Subject(Rebuilder):
 def rebuilder(
     recipe: Operator, arrays: dict[str, tuple[str, Array]], dtype: str, shape: tuple[int, ...], wide: str = "F32"
 ) -> Subject:
-    memory = Memory(arrays)
+    memory = InMemory({}, {name: _elements(*array) for name, array in arrays.items()})
     target = Target("x", DTYPES[dtype], shape, np.dtype(NUMPY[wide]))
     facts = recipe.infer(memory, target, "/x")
     assert facts.exact
     assert facts.shape == shape
     return Subject(recipe, memory, target)
+
+
+def _elements(dtype: str, array: Array) -> Elements:
+    return Elements(DTYPES[dtype], array.shape, np.ascontiguousarray(array).reshape(-1).view(DTYPES[dtype].bits))
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from deltafmt import dcp
 from deltafmt.dcp import DeltafmtReader
 from deltafmt.errors import DeltafmtError, MissingExtraError, UsageError, WrongBaseError
 from deltafmt.safetensors_file import SafetensorsFile
+from two_ranks import of_two_ranks
 
 ROWS, COLUMNS = 2048, 512  # four chunks
 one_process = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -97,18 +97,7 @@ dist.destroy_process_group()
 
 def test_each_rank_builds_its_own_part(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, *archives = models
-    outputs = [tmp_path / f"rank{rank}.pt" for rank in range(2)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RANK, str(rank), str(tmp_path / "rendezvous"), str(output), *map(str, models)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, output in enumerate(outputs)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], errors
-    (counts, first), (other_counts, second) = (torch.load(output) for output in outputs)
+    (counts, first), (other_counts, second) = of_two_ranks(_RANK, tmp_path, models)
     _each_reads_what_it_needs(counts, other_counts, base, *map(str, archives))
     for archive in archives:
         deltafmt.unpack(archive, tmp_path / archive.name, base=base)

@@ -331,6 +331,32 @@ def test_a_checkpoint_without_its_state_is_not_resumed(tmp_path: Path) -> None:
         train(student, teacher, structure, TEXT, SHORT, directory=tmp_path, resume=True)
 
 
+def test_a_checkpoint_with_the_state_of_another_is_not_resumed(tmp_path: Path) -> None:
+    teacher, student, structure = pair(llama())
+    train(student, teacher, structure, TEXT, replace(SHORT, checkpoint_every=3), directory=tmp_path)
+    shutil.rmtree(tmp_path / "step-00000008")
+    shutil.copytree(tmp_path / "step-00000006", tmp_path / "step-00000008")
+    teacher, student, structure = pair(llama())
+    with pytest.raises(IntegrityError, match="its factors are not those that 'state-00000008' belongs to"):
+        train(student, teacher, structure, TEXT, SHORT, directory=tmp_path, resume=True)
+
+
+def test_what_a_killed_call_was_writing_is_removed(tmp_path: Path) -> None:
+    teacher, student, structure = pair(llama())
+    train(student, teacher, structure, TEXT, SHORT, directory=tmp_path)
+    expected = sorted(path.name for path in tmp_path.iterdir())
+    for name in (
+        ".state-00000008.deltafmt-0123456789ab",
+        ".frozen.deltafmt-0123456789ab",
+        ".scratch-x",
+        "state-00000009",
+    ):
+        (tmp_path / name).mkdir()
+    teacher, student, structure = pair(llama())
+    train(student, teacher, structure, TEXT, SHORT, directory=tmp_path, resume=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == expected
+
+
 def test_batches_that_are_accumulated_are_one_batch() -> None:
     found, last = [], []
     for accumulate, batch in ((1, 4), (2, 2)):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import deltafmt
 from deltafmt import DeltafmtError
 from deltafmt.dtypes import DTYPES, Bits
-from deltafmt.encodings import Encoding, decode_chunk, encode_chunk
+from deltafmt.encodings import Encoding, StoredChunk, decode_chunks, encode_chunk
 from deltafmt.gemm import round_wide
 from deltafmt.operators import Operator, Patch, Ref, Stored, Sum, Target
 from deltafmt.operators.base import Facts, Read
@@ -176,7 +176,8 @@ class Memory:
         whole, size = np.empty(self._count, self._bits), self._encoding.chunk
         for index, chunk in enumerate(self._chunks):
             stored = np.frombuffer(chunk, np.uint8)
-            decode_chunk(stored, [stored.size], self._encoding, whole[index * size : (index + 1) * size], name)
+            out = whole[index * size : (index + 1) * size]
+            decode_chunks([StoredChunk(stored, [stored.size], name)], self._encoding, out)
         return lambda lo, hi, out: np.copyto(out, whole[lo:hi])
 
     def base_reader(self, base: str, name: str) -> Read:

@@ -11,7 +11,7 @@ import pytest
 import deltafmt
 
 EXTRAS = ("torch", "huggingface_hub", "transformers", "gguf", "vllm", "sglang")
-ABOUT_EXTRAS = ("torch", "hf", "dcp", "deltallm")  # modules of which the whole point is an extra
+ABOUT_EXTRAS = ("torch", "auto_map", "hf", "dcp", "deltallm")  # modules of which the whole point is an extra
 ABOUT_ENGINES = ("vllm", "sglang")  # which only these engines import
 
 

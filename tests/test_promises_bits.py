@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 import deltafmt
 from deltafmt.dtypes import DTYPES
-from deltafmt.encodings import Encoding, decode_chunk, encode_chunk, planes
+from deltafmt.encodings import Encoding, StoredChunk, decode_chunks, encode_chunk, planes
 from deltafmt.operators.patch import correct, difference
 from hostile import WIDTHS, Tensor, f32, tree, write_checkpoint
 
@@ -357,5 +357,6 @@ def test_any_chunking_decodes(dtype: str, data: bytes, chunk: int, filter_: str,
         assert len(stored) == encoding.planes(kind)
         assert sum(map(len, stored)) <= part.nbytes
         ends = np.cumsum([len(plane) for plane in stored]).tolist()
-        decode_chunk(np.frombuffer(b"".join(stored), np.uint8), ends, encoding, decoded[begin : begin + chunk], "")
+        chunks = [StoredChunk(np.frombuffer(b"".join(stored), np.uint8), ends, "")]
+        decode_chunks(chunks, encoding, decoded[begin : begin + chunk])
     assert decoded.tobytes() == elements.tobytes()

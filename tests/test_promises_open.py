@@ -208,12 +208,35 @@ def test_17_the_json_pointer(archive: Path, raw: bytes, pointer: str, what: str)
     assert str(error).startswith(f"{archive / MANIFEST}: /annotations/x{pointer}: {what}. ")
 
 
+def test_17_every_pointer_is_spelled_alike(archive: Path) -> None:
+    """Of what is no strict JSON, and of what is, but no manifest."""
+    name, spelled = "a/b~c\x9b", r"/arrays/a~1b~0c\x9b"
+
+    def where(reason: str, **changes: object) -> str:
+        def change(found: Json) -> None:
+            found["arrays"][name] = {**next(iter(found["arrays"].values())), **changes}
+
+        return str(refused(edit(archive, change), MalformedError, reason).where).removeprefix(f"{archive / MANIFEST}: ")
+
+    assert where("schema", shard="0") == where("schema", shard=99) == f"{spelled}/shard"
+    assert where("coverage", shard=0) == spelled
+    assert _refusal(f'{{"arrays":{{"{name}":NaN}}}}'.encode()).where == f"here: {spelled}"
+
+
 def test_17_what_has_no_pointer_is_told_by_its_place(archive: Path) -> None:
     assert "not JSON: " in str(refused(_with_annotation(archive, b"[1,]"), MalformedError, "json"))
     assert "not UTF-8 at byte 9" in str(_refusal(b'["abc", "\xff"]'))
     assert re.search(r"not JSON: .* at character 6", str(_refusal(b'["abc"')))
-    far = _refusal(b'["' + b"a" * (1 << 24) + b'",NaN]')  # nobody waits for the pointer to what is that far behind
-    assert (far.where, far.what) == ("here", "not strict JSON behind character 16777219")
+    for value, what in [
+        (b"NaN", "NaN is not a JSON number"),
+        (b"1e999", "a number outside the range of a double"),
+        (b"1" * 20, "an integer of more than 19 digits"),
+        (b'{"a":1,"a":2}', "a duplicate key"),
+        (rb'"\ud800"', "a lone surrogate"),
+        (b"[" * 10_000, "nested deeper than 64"),
+    ]:
+        far = _refusal(b'["' + b"a" * (1 << 21) + b'",' + value + b"]")  # nobody waits for a pointer into such a text
+        assert (far.where, far.what) == ("here", what)
 
 
 def _refusal(data: bytes) -> MalformedError:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import pytest
 
 from deltafmt.dtypes import DTYPES, Bits, Dtype, round_to, widen
-from deltafmt.methods import affine, rounded_fit
+from deltafmt.methods import magnitudes as dora
+from deltafmt.methods import rounded_fit
 from deltafmt.methods.matrices import Rows, WideRows
 from deltafmt.methods.merged import computed
 from deltafmt.methods.prediction import Computed, Elements, Referred
@@ -98,7 +99,7 @@ def test_rows_left_alone_rows_replaced_and_magnitudes(
 ) -> None:
     """A third of the rows rest, one in a hundred is another; of the others some have a magnitude as well (DoRA)."""
     monkeypatch.setattr(rounded_fit, "_PART", 1 << 18)
-    monkeypatch.setattr(affine, "_PART", 1 << 18)
+    monkeypatch.setattr(dora, "_PART", 1 << 18)
     base, rows = based(shape), np.arange(shape[0])
     resting, new = rows % 3 == 1, rows % 100 == 50
     scales = 1 + 0.02 * gaussian(shape[0], 1, seed=5) * magnitudes

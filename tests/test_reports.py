@@ -175,3 +175,20 @@ def test_every_usage_error_is_json_too(run: Run, command: str) -> None:
     error = json.loads(out)["error"]
     assert (code, error["class"], error["exit_code"]) == (2, "UsageError", 2)
     assert err.startswith(f"deltafmt: error: {error['message']}")
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-30])
+def test_a_dtype_may_be_torchs(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    deltafmt.pack(write(tmp_path / "source", {"w": normal(0, 8, 16)}), tmp_path / "packed")
+    deltafmt.unpack(tmp_path / "packed", tmp_path / "out", dtype=torch.bfloat16)
+    with deltafmt.open(tmp_path / "packed") as archive:
+        assert archive.get_tensor("w").dtype == np.float32
+    assert "BF16" in (tmp_path / "out/model.safetensors").read_bytes()[:200].decode("latin-1")
+
+
+def test_a_cast_that_loses_everything_loses_all_of_it(tmp_path: Path, size: float) -> None:
+    source = write(tmp_path / "source", {"w": size * np.ones((8, 16))})
+    deltafmt.pack(source, tmp_path / "packed")
+    report = deltafmt.unpack(tmp_path / "packed", tmp_path / "out", dtype="float32" if size < 1e-50 else "float16")
+    assert report.tensors["w"].rel_error == pytest.approx(1)

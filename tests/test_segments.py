@@ -18,7 +18,6 @@ from deltafmt.encodings import (
     Encoding,
     StoredChunk,
     best_low_bits,
-    decode_chunk,
     decode_chunks,
     encode_chunk,
     encode_chunks,
@@ -42,7 +41,7 @@ def encoding(dtype: str) -> Encoding:
 
 def decoded(chunk: bytes, dtype: str, count: int) -> list[int]:
     out = np.empty(count, DTYPES[dtype].bits)
-    decode_chunk(np.frombuffer(chunk, np.uint8), [len(chunk)], encoding(dtype), out, "here")
+    decode_chunks([StoredChunk(np.frombuffer(chunk, np.uint8), [len(chunk)], "here")], encoding(dtype), out)
     return out.view(DTYPES[dtype].values).tolist()  # type: ignore[no-any-return]
 
 

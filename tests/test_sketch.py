@@ -10,10 +10,11 @@ import pytest
 
 from deltafmt.dtypes import DTYPES, Bits, Dtype, round_to, widen
 from deltafmt.methods import merged
+from deltafmt.methods.matrices import spread
 from deltafmt.methods.merged import computed
 from deltafmt.methods.prediction import Computed, Elements, Prediction, Referred
 from deltafmt.methods.recovery import PART, promising
-from deltafmt.methods.sketch import leaves_noise, spread
+from deltafmt.methods.sketch import leaves_noise
 from deltafmt.operators import Ref
 
 BF16, F16, F32 = DTYPES["BF16"], DTYPES["F16"], DTYPES["F32"]
@@ -165,3 +166,14 @@ def test_rows_that_decayed_and_nothing_else_are_not_fitted(monkeypatch: pytest.M
     predicted, _ = prediction.predicted(0, target.size, BF16, None)
     assert np.mean(predicted == target.reshape(-1)) > 0.99
     assert not fitted
+
+
+@pytest.mark.parametrize("rank_one", [True, False])
+@pytest.mark.parametrize("low", [0.0, 1.0])
+def test_rows_that_grew_beyond_measure_are_no_reason_to_fail(rank_one: bool, low: float) -> None:
+    """Numbers, and what they make of a row, may leave float32."""
+    shape = gaussian(300, 1, seed=5) @ gaussian(1, 200, seed=6) if rank_one else np.ones((300, 200))
+    base = np.asarray(widen(round_to((1e-38 * shape).astype("f4"), BF16), BF16, np.dtype("f4")))
+    target = round_to((1e8 * shape + low * low_rank(300, 200, 4, 1e8)).astype("f4"), BF16)
+    for prediction in found(base, target):
+        prediction.predicted(0, target.size, BF16, None)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 import deltafmt
+from two_ranks import of_two_ranks
 
 LLAMA = {  # every matrix has 512K elements, which are two chunks
     "vocab_size": 2048,
@@ -93,19 +92,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 @pytest.fixture(scope="module")
 def ranks(models: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    outputs = [folder / f"rank{rank}.pt" for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RANK, str(rank), str(folder / "rendezvous"), str(output), *map(str, models)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, output in enumerate(outputs)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    return [torch.load(output) for output in outputs]
+    return of_two_ranks(_RANK, tmp_path_factory.mktemp("ranks"), models)
 
 
 @pytest.mark.parametrize("which", [1, 2], ids=["exact", "lossy"])

@@ -15,7 +15,6 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,9 +27,9 @@ import fixtures
 import synthetic
 from deltafmt.checkpoint import TensorInfo
 from deltafmt.dtypes import DTYPES
+from deltafmt.methods.prediction import Elements, InMemory
 from deltafmt.methods.svd import truncated_svd
-from deltafmt.operators import Facts, Lowrank, Operator, Stored, Sum, Target
-from deltafmt.operators.base import Read
+from deltafmt.operators import Lowrank, Operator, Stored, Sum, Target
 from deltafmt.pieces import Piece, pieces
 from deltafmt.pipeline import Pipeline, Pool
 from deltafmt.rebuild import Rebuilder, read_in_pieces
@@ -43,40 +42,6 @@ TENSORS = 5
 
 
 # --- Rebuild --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """Stored arrays that are in memory: what a recipe is bound to here, in place of an archive."""
-
-    arrays: dict[str, tuple[str, Array]]
-    """Name -> safetensors dtype and elements as unsigned integers, in shape."""
-
-    def array(self, name: str) -> Facts | None:
-        """What is known of an array."""
-        dtype, array = self.arrays[name]
-        return Facts(DTYPES[dtype], array.shape, exact=True)
-
-    def tensor(self, name: str) -> Facts | None:
-        """There are no other tensors."""
-        return None
-
-    def base_tensor(self, base: str, name: str) -> Facts | None:
-        """There is no base model."""
-        return None
-
-    def array_reader(self, name: str) -> Read:
-        """Copies elements of an array."""
-        flat = self.arrays[name][1].reshape(-1)
-        return lambda lo, hi, out: np.copyto(out, flat[lo:hi])
-
-    def tensor_reader(self, name: str) -> Read:
-        """Not asked for: the recipe refers to no tensor."""
-        raise KeyError(name)
-
-    def base_reader(self, base: str, name: str) -> Read:
-        """Not asked for: the recipe refers to no base."""
-        raise KeyError(base)
 
 
 def rebuild_speed(report: Report, ranks: tuple[int, ...], repeats: int) -> None:
@@ -92,7 +57,7 @@ def _rebuild_row(base: Array, rank: int, rng: np.random.Generator, repeats: int)
     a, b = (
         (rng.standard_normal((rank, SIDE), np.float32) * np.float32(0.02)).astype(ml_dtypes.bfloat16) for _ in range(2)
     )
-    memory = InMemory({name: ("BF16", array.view(np.uint16)) for name, array in {"w": base, "a": a, "b": b}.items()})
+    memory = InMemory({}, {name: _elements("BF16", array) for name, array in {"w": base, "a": a, "b": b}.items()})
     subject = _Subject(Sum((Stored("w"), Lowrank(Stored("a"), Stored("b")))), memory, base.shape)
     out = subject.out
     wide_a, wide_b = a.astype(np.float32), b.astype(np.float32)
@@ -161,11 +126,11 @@ def exact_speed(report: Report, ranks: tuple[int, ...], repeats: int) -> None:
     for rank in ranks:
         most = math.isqrt((1 << 24) // rank)
         integers = [rng.integers(-most, most + 1, (rank, SIDE), np.int16) for _ in range(2)]
-        arrays = {"w": ("BF16", base.view(np.uint16))}
+        arrays = {"w": _elements("BF16", base)}
         for name, factor in zip("ab", integers, strict=True):
-            arrays[name] = "I16", factor.view(np.uint16)
-            arrays[f"float {name}"] = "BF16", factor.astype(ml_dtypes.bfloat16).view(np.uint16)
-        memory = InMemory(arrays)
+            arrays[name] = _elements("I16", factor)
+            arrays[f"float {name}"] = _elements("BF16", factor.astype(ml_dtypes.bfloat16))
+        memory = InMemory({}, arrays)
         exact, bounded = (
             _Subject(Sum((Stored("w"), Lowrank(Stored(a), Stored(b), 2.0**-36))), memory, base.shape)
             for a, b in (("a", "b"), ("float a", "float b"))
@@ -178,6 +143,10 @@ def exact_speed(report: Report, ranks: tuple[int, ...], repeats: int) -> None:
         rows.append({"rank": rank, **speed, "exact / bounded, time": seconds["exact"] / seconds["bounded"]})
     note = "GB/s of bf16 output, median; integer factors (I16), no residual, against bf16 factors; as unpack does it."
     report.table(f"Exact: base + 2^s B A -> bf16, {SIDE} x {SIDE}", rows, note)
+
+
+def _elements(dtype: str, array: Array) -> Elements:
+    return Elements(DTYPES[dtype], array.shape, array.reshape(-1).view(DTYPES[dtype].bits))
 
 
 def _settle() -> tuple[()]:

@@ -30,10 +30,10 @@ from rich.table import Table
 
 import deltafmt
 from deltafmt.arguments import Number
+from deltafmt.names import MANIFEST
 from deltafmt.sources import open_source
 
 BASE = "base"
-MANIFEST = "deltafmt.json"
 MADE_OF = ".made-of"
 """The folder in TARGET with a file for each lossy archive: a digest of what it was made of, and of itself."""
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
@@ -157,6 +157,8 @@ def _unpack_one(archive: Path, model: Path, base: Path | None, jobs: int | None,
     sizes = report.logical_bytes, report.stored_bytes
     if model.is_dir() and is_whole(archive, base, against=model):
         return Converted(archive.name, "already there", *sizes)
+    if model.exists():
+        deltafmt.verify(archive, base=base)  # if this is at fault, the destination is not
     _check_free(model, overwrite)
     deltafmt.unpack(archive, model, base=base, jobs=jobs, overwrite=overwrite)
     return Converted(archive.name, "unpacked", *sizes)

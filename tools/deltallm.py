@@ -35,8 +35,9 @@ import deltafmt.torch
 import deltallm_results as results
 import deltallm_subjects as subjects
 from deltafmt.printing import new_table, number, put
+from deltallm_ablation import ablation
 from deltallm_runs import AFTERWARDS, INITIAL, METHODS, Experiment, Run, append, identity, say
-from measure import markdown
+from measure import cells, markdown
 
 
 def planned(options: argparse.Namespace) -> list[Run]:
@@ -96,8 +97,8 @@ def expected_seconds(run: Run, records: list[dict[str, Any]], checkpoint_every: 
 
 def drawn(rows: list[dict[str, Any]], title: str) -> Table:
     """A table for a terminal of 80 columns: the words of a number's head, and its spread, are below each other."""
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown(rows).splitlines()]
-    words = [head in ("model", "method", "device", "layout", "parts", "initialisation") for head in lines[0]]
+    heads, *lines = cells(rows)
+    words = [head in ("model", "method", "device", "layout", "parts", "initialisation") for head in heads]
     short = {
         "perplexity": "perpl.",
         "accuracy": "accur.",
@@ -110,29 +111,29 @@ def drawn(rows: list[dict[str, Any]], title: str) -> Table:
             Column(head, overflow="fold", style="cyan")
             if is_word
             else number("\n".join(short.get(word, word) for word in head.split() if word != "/"))
-            for head, is_word in zip(lines[0], words, strict=True)
+            for head, is_word in zip(heads, words, strict=True)
         )
     )
     table.title, table.title_justify, table.padding = title, "left", (0, 1, 0, 0)
-    for line in lines[2:]:
+    for line in lines:
         table.add_row(*(cell.replace(" ± ", "\n±") for cell in line))
     return table
 
 
 def report(options: argparse.Namespace) -> None:
     """Tables and pictures of what was measured so far."""
-    records, ablation = (results.read(options.out / name) for name in ("results.jsonl", "ablation.jsonl"))
+    records, initialised = (results.read(options.out / name) for name in ("results.jsonl", "ablation.jsonl"))
     summary, originals = results.summary(records), results.originals(records)
     tables: dict[str, list[dict[str, Any]]] = {
         "The original": originals,
         "Quality, on text that was not trained on": results.quality_table(summary),
         "Size and speed": results.size_table(summary),
         "Checkpoints, and what is read back": results.archive_table(summary),
-        "What the initialisation brings, without training": ablation,
+        "What the initialisation brings, without training": initialised,
     }
     tables = {title: rows for title, rows in tables.items() if rows}
     if options.json:
-        print(json.dumps({"originals": originals, "runs": summary, "ablation": ablation}, indent=2))
+        print(json.dumps({"originals": originals, "runs": summary, "ablation": initialised}, indent=2))
     elif options.markdown:
         print("\n\n".join(f"## {title}\n\n{markdown(rows)}" for title, rows in tables.items()))
     elif options.table:
@@ -221,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     experiment = Experiment(options, options.out)
     if options.ablate:
         for remove in options.remove:
-            for row in experiment.ablation(remove):
+            for row in ablation(experiment, remove):
                 say(json.dumps(row))
                 append(options.out / "ablation.jsonl", row)
     else:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import json
-import math
 import shutil
 import sys
 import time
@@ -29,7 +27,7 @@ from deltafmt.deltallm.architecture import blocks, linears
 from deltafmt.deltallm.baselines import drop_layers, lora_numbers, lora_rank, merge_layers, svd_model
 from deltafmt.deltallm.initialise import twin
 from deltafmt.deltallm.save import save
-from deltafmt.deltallm.state import checkpoints
+from deltafmt.deltallm.state import checkpoints, state_of
 from deltafmt.deltallm.train import Training, train
 from deltafmt.torch.evaluate import Evaluation, evaluate, parameters, resident_bytes, stored_bytes
 
@@ -212,6 +210,9 @@ class Experiment:
         student.eval().requires_grad_(False)
         trained = self.measured(student)
         say(f"  trained at {history.log[-1]['tokens_per_second']:,.0f} tokens/s: perplexity {trained.perplexity:.2f}")
+        stored, sizes = self.stored(run, student, found), checkpoint_sizes(folder)
+        step, state, frozen = (size / 1e6 for size in sizes.values())
+        say(f"  a checkpoint has {step:.1f} MB; once, {state:.1f} MB to resume and {frozen:.1f} MB that are frozen")
         record = {
             "run": asdict(run),
             "settings": self.settings,
@@ -222,8 +223,8 @@ class Experiment:
             "original": self.original_scores,
             "initial": scores(initial),
             "trained": scores(trained),
-            **self.stored(run, student, found),
-            "checkpoint": checkpoint_sizes(folder),
+            **stored,
+            "checkpoint": sizes,
             "train_seconds": sum(seconds_of(history.log)),
             "seconds": time.perf_counter() - begin,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
@@ -298,64 +299,6 @@ class Experiment:
         names += ("layout", "parts", "keep", "dtype", "trainable", "evaluate", "calibrate")
         return {name: getattr(self.options, name) for name in names}
 
-    # Without training
-
-    def ablation(self, remove: float) -> Iterator[dict[str, Any]]:
-        """What each part of the initialisation brings, for several layouts; a row each."""
-        self.options.delta_layers = self.options.importance = None
-        for parts, layout in itertools.product(("mlp", "both"), ("alternating", "sequential:2")):
-            self.options.parts, self.options.layout = parts, layout
-            for title, row in self._initialised(remove):
-                yield {"remove": remove, "layout": layout, "parts": parts, "initialisation": title, **row}
-
-    def _initialised(self, remove: float) -> Iterator[tuple[str, dict[str, Any]]]:
-        try:
-            fixed = plan(self.original, self.structure(remove))
-        except deltafmt.UsageError as error:
-            say(f"  left out: {error}")
-            return
-        measured = plan(self.original, self.structure(remove), self.influence)
-        none = {"channels": False, "heads": False, "scales": False}
-        steps: list[tuple[str, Plan, bool, dict[str, bool]]] = [
-            ("SVD of the difference", fixed, False, none),
-            ("weighted by inputs", fixed, True, none),
-            ("+ channels", fixed, True, none | {"channels": True}),
-            ("+ heads", fixed, True, none | {"channels": True, "heads": True}),
-            ("+ scales", fixed, True, {"channels": True, "heads": True, "scales": True}),
-            ("+ layers by influence", measured, True, {"channels": True, "heads": True, "scales": True}),
-        ]
-        for title, found, weighted, parts in steps:
-            begin = time.perf_counter()
-            teacher = self.aligned(found, **parts) if any(parts.values()) else self.original
-            seconds = time.perf_counter() - begin
-            moments = second_moments(teacher, self.calibration, found.anchors) if weighted else None
-            student = delta_model(teacher, found, moments=moments)
-            result = self.measured(student)
-            yield (
-                title,
-                {
-                    "perplexity": result.perplexity,
-                    "agreement": result.agreement,
-                    "KL": result.kl,
-                    "difference / weight": distance(teacher, found),
-                    "error / weight": distance(teacher, found, student),
-                    "align s": seconds,
-                },
-            )
-
-
-def distance(model: Any, found: Plan, student: Any = None) -> float:
-    """Frobenius norm of the delta weights' differences from their anchors, relative to the weights; or, with a student,
-    from what it makes of them."""
-    difference = whole = 0.0
-    for name, anchor in found.anchors.items():
-        weight = model.get_submodule(name).weight.detach().float()
-        other = student.get_submodule(name).merged_weight() if student else model.get_submodule(anchor).weight
-        other = other.detach().float()
-        difference += float((weight - other).square().sum())
-        whole += float(weight.square().sum())
-    return math.sqrt(difference / whole)
-
 
 def distance_of(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest absolute difference."""
@@ -375,14 +318,8 @@ def identity(run: Run, settings: dict[str, Any]) -> str:
 def checkpoint_sizes(folder: Path) -> dict[str, int]:
     """Bytes of a training's last checkpoint, of what it takes to resume it, and of what all checkpoints refer to."""
     step = checkpoints(folder)[-1]
-    state = step.with_name(step.name.replace("step", "state"))
-    found = {"step": step, "state": state, "frozen": folder / "frozen"}
-    sizes = {f"{name}_bytes": stored_bytes(path) for name, path in found.items()}
-    step_mb, state_mb, frozen_mb = (size / 1e6 for size in sizes.values())
-    say(
-        f"  a checkpoint has {step_mb:.1f} MB; once, {state_mb:.1f} MB to resume and {frozen_mb:.1f} MB that are frozen"
-    )
-    return sizes
+    found = {"step": step, "state": state_of(step), "frozen": folder / "frozen"}
+    return {f"{name}_bytes": stored_bytes(path) for name, path in found.items()}
 
 
 def seconds_of(log: list[dict[str, float]]) -> Iterator[float]:

@@ -14,7 +14,7 @@ import torch
 
 from plain_checkpoint import FLOATS, NUMPY, Array
 
-LONGEST = {"F32": 1 << 14, "F64": 1 << 30}
+LARGEST = {"F32": 1 << 14, "F64": 1 << 30}
 """What elements of `a` reach, by accumulation type. TF32 keeps 11 bits of it and bf16 8; float32 keeps 24 of 30."""
 
 MOST = {"F32": 1 << 24, "F64": 1 << 53}
@@ -42,7 +42,7 @@ def at_the_bound(
     """Random factors as large as they may be; the sum of the first column and the first row is the largest allowed, if
     the rank is a power of two. The base has the size of the product, so that most additions round."""
     rng = np.random.default_rng(seed)
-    limits = LONGEST[wide], MOST[wide] // (rank * LONGEST[wide])
+    limits = LARGEST[wide], MOST[wide] // (rank * LARGEST[wide])
     if limits[1] == 0:
         raise ValueError(f"rank {rank} is too large")
     a, b = (

@@ -58,12 +58,17 @@ class Report:
             print(json.dumps(self.tables, indent=2))
 
 
-def markdown(rows: Sequence[dict[str, Cell]]) -> str:
-    """A markdown table, columns aligned; numbers with four significant digits."""
+def cells(rows: Sequence[dict[str, Cell]]) -> list[list[str]]:
+    """What a table says, its head first; numbers with four significant digits."""
     head = list(rows[0])
-    cells = [head] + [[_cell(row[key]) for key in head] for row in rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
-    lines = [" | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells]
+    return [head] + [[_cell(row[key]) for key in head] for row in rows]
+
+
+def markdown(rows: Sequence[dict[str, Cell]]) -> str:
+    """A markdown table, columns aligned."""
+    table = cells(rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [" | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in table]
     rule = "|".join("-" * (width + 2) for width in widths)
     return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
 

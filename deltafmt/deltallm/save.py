@@ -30,7 +30,7 @@ from ..manifest import Checkpoint as CheckpointEntry
 from ..operators import Lowrank, Operator, Ref, Stored, Sum
 from ..report import PackReport
 from ..roles import pack_report
-from ..shards import raw_bytes
+from ..shard_writer import raw_bytes
 from ..sources import BASE_ID, PathLike, check_apart, check_usable_base, local_path, open_source, provenance
 from ..torch.fused import BasePool, Delta, Factors, deltas
 from ..torch.skeleton import settings

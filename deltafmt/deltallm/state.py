@@ -1,15 +1,15 @@
-"""The state of a training: what trains, its optimizer, and the directory of log and checkpoints.
+"""The state of a training: the directory of its log and checkpoints.
 
 frozen/          an archive of everything that does not train
 step-00000100/   an archive whose base that is: factors, in float32, and whatever else trains
-state-00000100/  what resuming takes beside the last of these: an archive, too, of the optimizer's moments
+state-00000100/  what resuming takes beside the last of these, an archive, too: the optimizer's moments, what trains in
+                 float32 (of factors only the order of their components), and training.json: what is no tensor
 log.jsonl        one line for every few steps
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..archive import open as open_tensors
+from ..archive import open as open_lazily
 from ..checkpoint import FilePart
 from ..digests import digest, model_digest
 from ..errors import IntegrityError, UsageError
@@ -35,76 +35,19 @@ from ..torch.fused import deltas
 from .save import order, save, save_frozen
 from .structure import Plan
 from .training import History, Training
+from .weights import Weights
 
-_STATE, _FACTS = "training.safetensors", "training.json"
+_TENSORS_FILE, _FACTS_FILE = "training.safetensors", "training.json"
 _LOG = "log.jsonl"
 _REMOVED = ".removed"
+_SCRATCH = ".scratch-"
+_LEFT_BEHIND = re.compile(  # by a call that was killed: what was being written (`durable.Staging`), or removed
+    rf"{re.escape(_SCRATCH)}.*|\..*{re.escape(_REMOVED)}|\.(state-\d{{8}}|step-\d{{8}}|frozen)\.deltafmt-[0-9a-f]{{12}}"
+)
 _KEPT = 2
 """Checkpoints that are kept: the last one, and one more, which cannot be resumed."""
 _FREE = ("checkpoint_every", "log_every")
 """Of a training, what its result does not depend on."""
-
-
-class Weights:
-    """What trains: parameters of the model, a float32 copy of those that are narrower, and AdamW on these."""
-
-    def __init__(self, model: nn.Module, training: Training, *, fused: bool) -> None:
-        self.named = {name: each for name, each in model.named_parameters() if each.requires_grad and each.numel()}
-        if not self.named:
-            raise UsageError("nothing of the student can be trained", hint="No parameter requires gradients")
-        self.masters = {
-            name: each if each.dtype == torch.float32 else each.detach().float() for name, each in self.named.items()
-        }
-        self._narrow = [name for name, each in self.named.items() if self.masters[name] is not each]
-        self._clip = training.clip if training.clip > 0 else math.inf
-        self.optimizer = torch.optim.AdamW(
-            list(self.masters.values()),
-            lr=training.rate,
-            betas=training.betas,
-            weight_decay=training.weight_decay,
-            fused=fused,
-        )
-
-    def step(self, rate: float) -> torch.Tensor:
-        """Update, forget the gradients; gives their norm, before it was clipped."""
-        for name in self._narrow:
-            gradient = self.named[name].grad
-            self.masters[name].grad = None if gradient is None else gradient.float()
-        norm = torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self._clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        with torch.no_grad():
-            for name in self._narrow:
-                self.named[name].copy_(self.masters[name])
-                self.named[name].grad = None
-        return norm
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Everything that the next step depends on, as tensors by name."""
-        tensors = {f"weight/{name}": master.detach() for name, master in self.masters.items()}
-        for name, master in self.masters.items():
-            for key, value in self.optimizer.state.get(master, {}).items():
-                tensors[f"{key}/{name}"] = value
-        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Raises `UsageError` if they are of another model."""
-        expected = {name: master.shape for name, master in self.masters.items()}
-        found = {name.partition("/")[2]: each.shape for name, each in tensors.items() if name.startswith("weight/")}
-        if expected != found:
-            raise UsageError("the checkpoint is of another model: what trains is not the same")
-        with torch.no_grad():
-            for name, master in self.masters.items():
-                master.copy_(tensors[f"weight/{name}"])
-                self.named[name].copy_(master)
-        for name, tensor in tensors.items():
-            key, _, weight = name.partition("/")
-            if key != "weight":
-                master = self.masters[weight]
-                on_device = key != "step" or self.optimizer.defaults["fused"]
-                self.optimizer.state[master][key] = tensor.to(master.device) if on_device else tensor
 
 
 class State:
@@ -123,10 +66,10 @@ class State:
     ) -> None:
         self._folder, self._student, self._plan, self._source = folder, student, plan, source
         self._weights, self._first = weights, 0
-        self._facts: dict[str, Any] = {}
+        self._identity: dict[str, Any] = {}
         if folder is not None:
             settings = json.loads(json.dumps(asdict(training)))
-            self._facts = {
+            self._identity = {
                 "training": {name: value for name, value in settings.items() if name not in _FREE},
                 "text": digest(text.cpu().long().numpy()),
                 "frozen part": _frozen_digest(student, teacher),
@@ -142,24 +85,31 @@ class State:
         if not found:
             return False
         last = found[-1]
-        state = _state_of(last)
+        state = state_of(last)
         if not state.is_dir():
             raise IntegrityError(
                 f"'{state.name}' is not there, without which this training cannot be resumed",
                 where=str(last),
                 hint="Begin another one, in another directory",
             )
-        facts = _facts(state)
-        for key, value in self._facts.items():
+        facts = _read_facts(state)
+        for key, value in self._identity.items():
             if facts.get(key) != value:
                 raise UsageError(
                     f"the training to resume is another: its {key} differs",
                     where=str(last),
                     hint="Choose another directory",
                 )
-        with open_tensors(state, framework="pt") as archive:
+        with open_lazily(state, framework="pt") as archive:
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 - it is no dict
-        self._weights.restore(_with_factors(tensors, last))
+        whole = _with_factors(tensors, last)
+        if _digest({name: whole[name] for name in whole.keys() - tensors.keys()}) != facts.get("factors"):
+            raise IntegrityError(
+                f"its factors are not those that '{state.name}' belongs to",
+                where=str(last),
+                hint="Copy both again, or begin another training, in another directory",
+            )
+        self._weights.restore(whole)
         history.log, history.steps, history.tokens = facts["log"], facts["steps"], facts["tokens"]
         self._first = history.steps
         self._write_log(history.log)
@@ -190,11 +140,19 @@ class State:
         if self._folder is None:
             return
         target = self._folder / f"step-{history.steps:08d}"
-        state = _state_of(target)
-        facts = {**self._facts, "steps": history.steps, "tokens": history.tokens, "log": history.log}
-        with tempfile.TemporaryDirectory() as scratch:
-            save_file(_without_factors(self._weights.state(), self._student), Path(scratch) / _STATE)
-            (Path(scratch) / _FACTS).write_text(json.dumps(facts))
+        state = state_of(target)
+        whole = self._weights.state()
+        left = _without_factors(whole, self._student)
+        facts = {
+            **self._identity,
+            "steps": history.steps,
+            "tokens": history.tokens,
+            "log": history.log,
+            "factors": _digest({name: whole[name] for name in whole.keys() - left.keys()}),
+        }
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=self._folder) as scratch:
+            save_file(left, Path(scratch) / _TENSORS_FILE)
+            (Path(scratch) / _FACTS_FILE).write_text(json.dumps(facts))
             pack(scratch, state, overwrite=state.exists())
         save(
             self._student,
@@ -204,11 +162,7 @@ class State:
             base=self._folder / "frozen",
             overwrite=target.exists(),
         )
-        for old in checkpoints(self._folder)[:-_KEPT]:
-            _remove(old)
-        for other in self._folder.glob("state-*"):
-            if other != state:
-                _remove(other)
+        _prune(self._folder)
 
 
 def begin(folder: Path, student: nn.Module, resume: bool) -> None:
@@ -220,8 +174,10 @@ def begin(folder: Path, student: nn.Module, resume: bool) -> None:
     if found and not resume:
         raise UsageError("a training is here already", where=str(folder), hint="Resume it, or choose another directory")
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(f".*{_REMOVED}"):
-        shutil.rmtree(old)
+    for old in folder.iterdir():
+        if _LEFT_BEHIND.fullmatch(old.name):
+            shutil.rmtree(old)
+    _prune(folder)
     if not found:
         (folder / _LOG).unlink(missing_ok=True)
     if not found or not (folder / "frozen").exists():
@@ -235,14 +191,15 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8}", path.name))
 
 
-def _state_of(checkpoint: Path) -> Path:
+def state_of(checkpoint: Path) -> Path:
+    """Where what resumes a checkpoint is, if it is the last one."""
     return checkpoint.with_name(checkpoint.name.replace("step", "state"))
 
 
-def _facts(state: Path) -> dict[str, Any]:
+def _read_facts(state: Path) -> dict[str, Any]:
     """What of a state is no tensor."""
-    file, sidecars = state / _FACTS, read_manifest(state, DEFAULT_LIMITS).sidecars
-    if _FACTS not in sidecars or FilePart(file).digest() != sidecars[_FACTS].digest:
+    file, sidecars = state / _FACTS_FILE, read_manifest(state, DEFAULT_LIMITS).sidecars
+    if _FACTS_FILE not in sidecars or FilePart(file).digest() != sidecars[_FACTS_FILE].digest:
         raise IntegrityError(
             "not as it was written", where=str(file), hint="Begin another training, in another directory"
         )
@@ -281,6 +238,17 @@ def _with_factors(tensors: dict[str, torch.Tensor], checkpoint: Path) -> dict[st
     return whole
 
 
+def _prune(folder: Path) -> None:
+    """Keep the last few checkpoints, and the state of the last one."""
+    found = checkpoints(folder)
+    for old in found[:-_KEPT]:
+        _remove(old)
+    needed = {state_of(last) for last in found[-1:]}
+    for state in folder.glob("state-*"):
+        if state not in needed:
+            _remove(state)
+
+
 def _remove(checkpoint: Path) -> None:
     """Under another name first: what is half removed must not be taken for a checkpoint."""
     gone = checkpoint.with_name(f".{checkpoint.name}{_REMOVED}")
@@ -293,6 +261,16 @@ def _flush(file: TextIO) -> None:
     os.fsync(file.fileno())
 
 
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    """Of tensors by name."""
+    return model_digest({name: (str(each.dtype), tuple(each.shape), _bits(each)) for name, each in tensors.items()})
+
+
+def _bits(tensor: torch.Tensor) -> str:
+    """The digest of a tensor's bytes."""
+    return digest(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
 def _frozen_digest(student: nn.Module, teacher: nn.Module | None) -> str:
     """The digest of all that does not train, by name."""
     trained = {id(each) for each in student.parameters() if each.requires_grad}
@@ -303,7 +281,6 @@ def _frozen_digest(student: nn.Module, teacher: nn.Module | None) -> str:
             if id(tensor) in trained:
                 continue
             if id(tensor) not in digests:
-                bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                digests[id(tensor)] = digest(bits)
+                digests[id(tensor)] = _bits(tensor)
             found[f"{role}/{name}"] = str(tensor.dtype), tuple(tensor.shape), digests[id(tensor)]
     return model_digest(found)

@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from numbers import Real
 
 from torch import nn
 
 from ..errors import UsageError
-from ..limits import check_count
+from ..limits import check_count, is_finite
 from ..methods.sharing import Explicit, Parts, Sequential, parse_layout
 from ..torch.evaluate import parameters
 from ..torch.fused import fused_like
@@ -134,11 +133,6 @@ def _check(structure: Structure) -> None:
     check_count("delta_layers", structure.delta_layers, 1)
 
 
-def is_finite(value: object) -> bool:
-    """Whether this is a number, and one that can be reckoned with."""
-    return type(value) is not bool and isinstance(value, Real) and math.isfinite(value)
-
-
 def _asked(structure: Structure, end: str | None) -> int:
     rank = structure.rank if end is None else (structure.ranks or {})[end]
     assert rank is not None
@@ -185,7 +179,7 @@ def _layers(count: int, structure: Structure, importance: Sequence[float] | None
         raise UsageError(f"the layout names blocks {unknown}; the model has {count}")
     if wanted is None:
         return pairs
-    _enough(wanted, len(pairs))
+    _check_enough(wanted, len(pairs))
     ranked = sorted(pairs, key=lambda layer: (0.0 if importance is None else importance[layer], -layer))
     return {layer: pairs[layer] for layer in ranked[:wanted]}
 
@@ -195,7 +189,7 @@ def _least_important(inner: range, following: int, wanted: int | None, importanc
     row, and before each row its anchor. Among equals, later ones."""
     most = len(inner) - math.ceil(len(inner) / (following + 1))
     count = most if wanted is None else wanted
-    _enough(count, most)
+    _check_enough(count, most)
 
     @cache
     def best(place: int, row: int, left: int) -> tuple[float, tuple[int, ...]]:
@@ -217,7 +211,7 @@ def _least_important(inner: range, following: int, wanted: int | None, importanc
     return anchors
 
 
-def _enough(wanted: int, most: int) -> None:
+def _check_enough(wanted: int, most: int) -> None:
     if wanted > most:
         raise UsageError("the layout has fewer delta layers", expected=f"at most {most}", found=wanted)
 

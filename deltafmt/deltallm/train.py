@@ -23,9 +23,10 @@ from .adapters import add_lora, merge_lora, own_norms
 from .architecture import blocks
 from .objective import Objective, check_head, head, hidden_states
 from .replacement import Replacement
-from .state import State, Weights, begin
+from .state import State, begin
 from .structure import Plan
 from .training import History, Training
+from .weights import Weights
 
 __all__ = ["History", "Training", "train"]
 

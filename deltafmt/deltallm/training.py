@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from ..errors import UsageError
-from ..limits import check_count
-from .structure import is_finite
+from ..limits import check_count, is_finite
 
 _COUNTS = ("tokens", "batch", "length", "accumulate", "log_every", "document", "lora", "checkpoint_every")
 _FRACTIONS = ("warmup", "replace_from", "replace_until")

@@ -235,11 +235,6 @@ class StoredChunk(NamedTuple):
     where: str
 
 
-def decode_chunk(stored: Plane, ends: Sequence[int], encoding: Encoding, out: Bits, where: str) -> None:
-    """Decode one chunk into `out`: see `decode_chunks`."""
-    decode_chunks([StoredChunk(stored, ends, where)], encoding, out)
-
-
 def decode_chunks(chunks: Sequence[StoredChunk], encoding: Encoding, out: Bits) -> None:
     """Decode chunks that follow one another, all together: between calls, threads wait for each other.
 

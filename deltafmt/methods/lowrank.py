@@ -24,7 +24,7 @@ from ..operators import Ref
 from ..operators.patch import predicts
 from ..pipeline import Pipeline
 from ..report import Progress
-from ..shards import header_room, raw_bytes
+from ..shard_writer import header_room, raw_bytes
 from ..sources import BASE_ID
 from .difference import Difference, encoded_bytes
 from .factored import Factored, above_noise, approximated, within

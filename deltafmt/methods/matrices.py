@@ -1,4 +1,4 @@
-"""Large matrices, read a part at a time: rows of a tensor as they are, or widened."""
+"""Large matrices, read a part at a time: rows of a tensor as they are, or widened; and which parts tell of all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from ..dtypes import Bits, Dtype, widen
 Wide = npt.NDArray[Any]  # float32 or float64
 Index = npt.NDArray[np.intp]
 
-_BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = 1 << 18
+"""As many are worked on at a time: temporaries stay small."""
+
+_LONG = 1 << 22  # of more places a permutation is not made for a few of them
 
 
 class Matrix(Protocol):
@@ -64,7 +67,15 @@ class WideRows(Rows):
         return values
 
 
-def row_blocks(shape: tuple[int, ...], elements: int = _BLOCK_ELEMENTS, most: int | None = None) -> Iterator[slice]:
+def row_blocks(shape: tuple[int, ...], elements: int = BLOCK_ELEMENTS, most: int | None = None) -> Iterator[slice]:
     """Slices of all rows, each of some `elements` and at most `most` rows, or of one row: temporaries stay small."""
     step = max(1, min(most or shape[0], elements // max(1, shape[1])))
     return (slice(begin, begin + step) for begin in range(0, shape[0], step))
+
+
+def spread(length: int, count: int) -> Index:
+    """`count` places of `length`, or all, evenly spread but for no period."""
+    random = np.random.default_rng(length)
+    if length > _LONG:
+        return np.sort(random.choice(length, min(count, length), replace=False, shuffle=False))
+    return np.sort(random.permutation(length)[:count])

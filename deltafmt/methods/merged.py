@@ -6,9 +6,7 @@ decayed, and mixtures of several models. Each is found by itself and offered; wh
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,12 +17,13 @@ from ..gemm import alone
 from ..limits import SUM_TERMS
 from ..operators import Lowrank, Operator, Patch, Scaled, Sum, Target
 from ..operators.patch import cast
-from .affine import are_rows_scaled, have_magnitudes, magnitudes, mixture, row_products, row_scales
-from .matrices import Index, Matrix, Rows, Wide, WideRows, row_blocks
+from .affine import are_rows_scaled, mixture, row_scales
+from .magnitudes import have_magnitudes, magnitudes, row_products
+from .matrices import Index, Matrix, Rows, Wide, WideRows, row_blocks, spread
 from .prediction import Computed, Elements, Prediction, Referred
 from .recovery import PART, IntegerFactors, promising, recover
-from .rounded_fit import most_at_once
-from .sketch import leaves_noise, remainder, spread
+from .rounded_fit import room_to_fit
+from .sketch import leaves_noise, remainder
 
 _DTYPES = ("BF16", "F16", "F32")
 _SMALLEST = 4096  # elements; what could be saved on fewer is less than what says so
@@ -34,7 +33,6 @@ _FEWEST_BITS = 0.4  # a changed weight, below which low rank has little to save
 _REPLACED = 10  # times as much as usual has a row changed, and more than it was, that was replaced: a new token's
 _CONCENTRATED = 0.01  # of a change is left by few components: low rank times magnitudes that follow it (DoRA)
 _HUGE = 2.0**40  # weights beyond: squares and sums of them might leave float32, and nothing comes of it
-_AT_ONCE = 3 << 22  # elements, of float32, that are fitted side by side; each takes some 20 bytes of memory
 
 
 def computed(name: str, tensor: Elements, bases: Sequence[Referred], stored: float) -> Iterator[Prediction]:
@@ -62,7 +60,7 @@ class _Search:
     def __init__(self, name: str, tensor: Elements, bases: Sequence[Referred], stored: float) -> None:
         self._name, self._tensor, self._bases, self._stored = name, tensor, bases, stored
         self._wide = np.dtype("f8" if tensor.dtype.name == "F32" else "f4")
-        self._like = Elements(bases[0].dtype, tensor.shape, bases[0].bits)  # the closest; rounded, if it was before
+        self._closest = Elements(bases[0].dtype, tensor.shape, bases[0].bits)
 
     def mixture(self) -> Prediction | None:
         """The best mixture of all bases."""
@@ -79,84 +77,102 @@ class _Search:
 
         return self._computed(arrays, recipe, self._wide)
 
+    def _rounded_first(self) -> Elements | None:
+        """The closest base in the tensor's dtype, if it seems to have been rounded to that before it was added to."""
+        closest, dtype = self._closest, self._tensor.dtype
+        if closest.dtype.mantissa_bits <= dtype.mantissa_bits:
+            return None
+        bits, like_bits = _matrix(self._tensor), _matrix(closest)
+        some = spread(len(bits), _ROWS)
+        numbers = self._numbers(closest, some)
+        if numbers is None:
+            return None
+        short = widen(_rounded(like_bits[some], closest.dtype, dtype), dtype, self._wide)
+        if remainder(short, bits[some], dtype).share >= remainder(numbers[0], bits[some], dtype).share:
+            return None
+        return Elements(dtype, self._tensor.shape, _rounded(like_bits, closest.dtype, dtype).reshape(-1))
+
+    def _numbers(self, like: Elements, part: Any) -> tuple[Wide, Wide] | None:
+        """A part of two matrices, of a base and the tensor, as numbers; None if arithmetic makes no sense of them."""
+        base = widen(_matrix(like)[part], like.dtype, self._wide)
+        changed = widen(_matrix(self._tensor)[part], self._tensor.dtype, self._wide)
+        return (base, changed) if _is_ordinary([base, changed]) else None
+
     def of_closest(self) -> Iterator[Prediction]:
         """Rows of the closest base scaled, low rank added to it, or both. Rows that nothing changed are left out."""
-        tensor, like = self._tensor, self._like
-        bits, like_bits = tensor.bits.reshape(tensor.shape[0], -1), like.bits.reshape(tensor.shape[0], -1)
-        rows = _differing(bits, like_bits) if like.dtype == tensor.dtype else np.arange(len(bits))
+        dtype, like = self._tensor.dtype, self._rounded_first() or self._closest
+        bits = _matrix(self._tensor)
+        rows = _differing(bits, _matrix(like)) if like.dtype == dtype else np.arange(len(bits))
         some = rows[spread(len(rows), _ROWS)]
-        base = widen(like_bits[some], like.dtype, self._wide)
-        changed = widen(bits[some], tensor.dtype, self._wide)
-        if not _is_ordinary([base, changed]):
+        numbers = self._numbers(like, some)
+        if numbers is None:
             return
-        if like.dtype.mantissa_bits > tensor.dtype.mantissa_bits:  # it may have been rounded before it was added to
-            short = widen(_rounded(like_bits[some], like.dtype, tensor.dtype), tensor.dtype, self._wide)
-            shares = [remainder(each, bits[some], tensor.dtype).share for each in (short, base)]
-            if shares[0] < shares[1]:
-                rounded = _rounded(like_bits, like.dtype, tensor.dtype).reshape(-1)
-                self._like = Elements(tensor.dtype, tensor.shape, rounded)
-                yield from self.of_closest()
-                return
-        scaled = are_rows_scaled(base, bits[some], tensor.dtype)
+        base, changed = numbers
+        scaled = are_rows_scaled(base, bits[some], dtype)
         grown = have_magnitudes(base, changed)
         low = 8 * self._stored > _FEWEST_BITS * len(rows) * bits.shape[1]
         if low:
-            left = remainder(base, bits[some], tensor.dtype)
+            left = remainder(base, bits[some], dtype)
             grown = grown or bool(not left.is_noise and left.share < _CONCENTRATED)
-            if grown:
-                left = remainder(magnitudes(base, changed)[:, None] * base, bits[some], tensor.dtype)
-            low = left.is_noise and self._is_promising(like_bits, bits, rows, grown)
+            if grown and (multiples := _multiplied(base, changed)) is not None:
+                left = remainder(multiples, bits[some], dtype)
+            low = left.is_noise and self._is_promising(like, rows, grown)
         if not (scaled or low):
             return
-        base_rows = self._base(like_bits, rows)
-        if not _is_ordinary([base_rows, WideRows(bits, rows, tensor.dtype, self._wide)]):
+        base_rows = self._base(like, rows)
+        if not _is_ordinary([base_rows, WideRows(bits, rows, dtype, self._wide)]):
             return
-        if scaled and (scales := row_scales(base_rows, Rows(bits, rows), tensor.dtype)) is not None:
-            yield self._combined(self._spread_out(scales, rows, 1), None)
+        scales = row_scales(base_rows, Rows(bits, rows), dtype) if scaled else None
+        if scales is not None and np.abs(scales).max(initial=0) < _HUGE:
+            yield self._combined(like, self._spread_out(scales, rows, 1), None)
             others = np.count_nonzero(scales == 1) / len(rows)
             low = low and bool(8 * self._stored * others > _FEWEST_BITS * len(rows) * bits.shape[1])
         if low:
-            with _ROOM.taken(most_at_once((len(rows), bits.shape[1]), self._wide)), alone():
-                found = self._low_rank(like_bits, bits, rows, grown)
+            with room_to_fit((len(rows), bits.shape[1]), self._wide), alone():
+                found = self._low_rank(like, rows, grown)
             if found is not None:
                 yield found
 
-    def _is_promising(self, like_bits: Bits, bits: Bits, rows: Index, grown: bool) -> bool:
+    def _is_promising(self, like: Elements, rows: Index, grown: bool) -> bool:
         """Whether low rank explains how some of these rows, or multiples of them, changed in some columns."""
-        columns = spread(bits.shape[1], PART)
-        part = np.ix_(rows[spread(len(rows), PART)], columns)
-        base = widen(like_bits[part], self._like.dtype, self._wide)
-        changed = widen(bits[part], self._tensor.dtype, self._wide)
-        if not _is_ordinary([base, changed]):
+        bits = _matrix(self._tensor)
+        part = np.ix_(rows[spread(len(rows), PART)], spread(bits.shape[1], PART))
+        numbers = self._numbers(like, part)
+        if numbers is None:
             return False
+        base, changed = numbers
         kept = ~_are_replaced(base, changed)
         base, changed = base[kept], changed[kept]
-        if grown:
-            base *= magnitudes(base, changed).astype(self._wide)[:, None]
-        return promising(base, bits[part][kept], self._tensor.dtype, (len(rows), bits.shape[1]))
+        likely = _multiplied(base, changed) if grown else base
+        return likely is not None and promising(
+            likely, bits[part][kept], self._tensor.dtype, (len(rows), bits.shape[1])
+        )
 
-    def _low_rank(self, like_bits: Bits, bits: Bits, rows: Index, grown: bool) -> Prediction | None:
+    def _low_rank(self, like: Elements, rows: Index, grown: bool) -> Prediction | None:
         """Low rank added to these rows but for those that were replaced; if they have `grown`, to multiples of them."""
-        dtype = self._tensor.dtype
-        kept = ~_are_replaced(self._base(like_bits, rows), WideRows(bits, rows, dtype, self._wide))
+        dtype, bits = self._tensor.dtype, _matrix(self._tensor)
+        kept = ~_are_replaced(self._base(like, rows), WideRows(bits, rows, dtype, self._wide))
         rows = rows[kept]
-        base, target = self._base(like_bits, rows), Rows(bits, rows)
+        base, target = self._base(like, rows), Rows(bits, rows)
         scales = None
         if grown:
-            numbers = self._floats(magnitudes(base, WideRows(bits, rows, dtype, self._wide)), (len(rows),))
+            found = magnitudes(base, WideRows(bits, rows, dtype, self._wide))
+            if not np.abs(found).max(initial=0) < _HUGE:
+                return None
+            numbers = self._floats(found, (len(rows),))
             stored = numbers.bits.view(numbers.dtype.values)
             scales = self._spread_out(stored, rows, 1)
-            base = self._base(like_bits, rows, stored)
+            base = self._base(like, rows, stored)
             if not _is_ordinary([base]):
                 return None
         factors = recover(base, target, dtype) if leaves_noise(base, target, dtype) else None
         if factors is None:
             return None
         b = self._spread_out(factors.b.T, rows, 0).T
-        return self._combined(scales, IntegerFactors(b, factors.a, factors.exponent))
+        return self._combined(like, scales, IntegerFactors(b, factors.a, factors.exponent))
 
-    def _base(self, like_bits: Bits, rows: Index, scales: Wide | None = None) -> WideRows:
-        return WideRows(like_bits, rows, self._like.dtype, self._wide, scales)
+    def _base(self, like: Elements, rows: Index, scales: Wide | None = None) -> WideRows:
+        return WideRows(_matrix(like), rows, like.dtype, self._wide, scales)
 
     def _spread_out(self, values: Any, rows: Index, others: float) -> Any:
         """`values` of some rows as those of all, with the same for all others."""
@@ -164,11 +180,11 @@ class _Search:
         everywhere[rows] = values
         return everywhere
 
-    def _combined(self, scales: Wide | None, factors: IntegerFactors | None) -> Prediction:
+    def _combined(self, like: Elements, scales: Wide | None, factors: IntegerFactors | None) -> Prediction:
         ref = self._bases[0].ref
         arrays: dict[str, Elements] = {}
         accumulator = self._wide
-        if rounded := self._like.dtype != self._bases[0].dtype:
+        if rounded := like.dtype != self._closest.dtype:
             arrays["rounded"] = _zeros(self._tensor)
         if scales is not None:
             arrays["scale"] = self._floats(scales, scales.shape)
@@ -177,8 +193,8 @@ class _Search:
             accumulator = np.promote_types(accumulator, factors.accumulator)
 
         def recipe(nodes: Mapping[str, Operator]) -> Operator:
-            like = Patch(ref, nodes["rounded"]) if rounded else ref
-            scaled = Scaled(like, nodes["scale"]) if "scale" in nodes else like
+            base = Patch(ref, nodes["rounded"]) if rounded else ref
+            scaled = Scaled(base, nodes["scale"]) if "scale" in nodes else base
             if factors is None:
                 return scaled
             return Sum((scaled, Lowrank(nodes["lora_a"], nodes["lora_b"], 2.0**factors.exponent)))
@@ -194,6 +210,17 @@ class _Search:
         target = Target(self._name, self._tensor.dtype, self._tensor.shape, accumulator)
         tensors = {base.ref: Elements(base.dtype, self._tensor.shape, base.bits) for base in self._bases}
         return Computed(target, tensors, arrays, recipe)
+
+
+def _matrix(tensor: Elements) -> Bits:
+    """A tensor's rows, of whatever shape, as those of a matrix."""
+    return tensor.bits.reshape(tensor.shape[0], -1)
+
+
+def _multiplied(base: Wide, changed: Wide) -> Wide | None:
+    """Each row times its magnitude; None where one is huge."""
+    numbers = magnitudes(base, changed)
+    return base * numbers.astype(base.dtype)[:, None] if np.abs(numbers).max(initial=0) < _HUGE else None
 
 
 def _rounded(bits: Bits, dtype: Dtype, target: Dtype) -> Bits:
@@ -231,27 +258,3 @@ def _is_ordinary(matrices: Sequence[Matrix]) -> bool:
     """Whether arithmetic makes sense: no NaN, no infinity, nothing huge."""
     blocks = (each[rows] for each in matrices for rows in row_blocks(each.shape))
     return all(values.min(initial=0) > -_HUGE and values.max(initial=0) < _HUGE for values in blocks)
-
-
-class _Room:
-    """For how many elements at once there is memory: who wants more waits for others to leave, or is alone."""
-
-    def __init__(self, elements: int) -> None:
-        self._elements = self._free = elements
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def taken(self, elements: int) -> Iterator[None]:
-        taken = min(elements, self._elements)
-        with self._changed:
-            self._changed.wait_for(lambda: taken <= self._free)
-            self._free -= taken
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += taken
-                self._changed.notify_all()
-
-
-_ROOM = _Room(_AT_ONCE)

@@ -110,7 +110,7 @@ class Computed(Prediction):
         recipe: Callable[[Mapping[str, Operator]], Operator],
     ) -> None:
         self._target, self._arrays, self._recipe = target, arrays, recipe
-        memory = _Memory(tensors, arrays)
+        memory = InMemory(tensors, arrays)
         self._value: Value = recipe({role: Stored(role) for role in arrays}).bind(memory, memory, target)
 
     @cached_property
@@ -172,7 +172,7 @@ def _chunks(array: Elements) -> list[list[Any]]:
     return [encode_chunk(array.bits[begin : begin + encoding.chunk], encoding) for begin in begins]
 
 
-class _Memory:
+class InMemory:
     """Arrays and base tensors in memory: what a recipe is bound to before there is an archive."""
 
     def __init__(self, tensors: Mapping[Ref, Elements], arrays: Mapping[str, Elements]) -> None:

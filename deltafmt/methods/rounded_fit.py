@@ -12,15 +12,16 @@ gives 1 / sqrt(n). Alternating maximisation in the two factors is weighted low-r
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
 from ..dtypes import Dtype
+from ..pipeline import Room
 from ..scratch import scratch
-from .matrices import Matrix, row_blocks
+from .matrices import Matrix, row_blocks, spread
 from .rounded_update import Change, Fit, Floats, RoundedUpdate, Update, blocks_of_rows
-from .sketch import spread
 from .svd import Float32, Float64, truncated_svd
 
 _SYSTEMS = 256  # that are solved at a time
@@ -28,6 +29,7 @@ _CACHED = 1 << 14  # elements of which several arrays fit into the cache of a pr
 _EXTENDING = 0.5  # s of the step that follows least squares, in half ulps
 _PART = 1 << 22  # elements of float32 that are fitted at once; a larger matrix is extended from a part
 _PART_ROWS = 512  # of it at least: some times the largest rank
+_ROOM = Room(3 << 22)  # for elements of float32 that are fitted side by side; each takes some 20 bytes of memory
 _PASSES = 8
 _WORTHWHILE = 0.8  # a pass that leaves more than this of the error is the last
 _CAUTION = 1.3  # s beside the estimated error: Newton's steps overshoot where s is too small
@@ -56,10 +58,10 @@ def fit_stored(base: Matrix, target: Matrix, dtype: Dtype, wide: np.dtype[Any], 
     return Fit(found.a, found.b) if turned else found, change.exponent
 
 
-def most_at_once(shape: tuple[int, int], wide: np.dtype[Any]) -> int:
-    """Elements, of float32, that `fit_stored` holds in memory of a matrix."""
+def room_to_fit(shape: tuple[int, int], wide: np.dtype[Any]) -> AbstractContextManager[None]:
+    """Wait until `fit_stored` has memory for a matrix beside those that other threads fit, and keep it until left."""
     rows = _part_rows((max(shape), min(shape)), wide)
-    return min(rows * min(shape), math.prod(shape)) * wide.itemsize // 4
+    return _ROOM.taken(min(rows * min(shape), math.prod(shape)) * wide.itemsize // 4)
 
 
 def _part_rows(shape: tuple[int, ...], wide: np.dtype[Any]) -> int:

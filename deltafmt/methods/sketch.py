@@ -9,22 +9,13 @@ import numpy as np
 
 from ..dtypes import Dtype, widen
 from ..gemm import alone
-from .matrices import Index, Matrix
+from .matrices import Matrix, spread
 
 _SIDE, _LARGE_SIDE = 192, 256  # of the part looked at, in a matrix of fewer elements and of more than
 _LARGE = 1 << 20
-_LONG = 1 << 22  # of more places a permutation is not made for a few of them
 _COMPONENTS = 2  # one in so many components of the part may be signal; the others must be noise
 _TOLERANCE = 2.4  # times as much noise as rounding makes there may be: what was rounded twice has twice as much
 _PRODUCT = 2.0**-46  # the squared relative error of a sum of products in float32
-
-
-def spread(length: int, count: int) -> Index:
-    """`count` places of `length`, or all, evenly spread but for no period."""
-    random = np.random.default_rng(length)
-    if length > _LONG:
-        return np.sort(random.choice(length, min(count, length), replace=False, shuffle=False))
-    return np.sort(random.permutation(length)[:count])
 
 
 class Remainder(NamedTuple):
@@ -33,7 +24,7 @@ class Remainder(NamedTuple):
     is_noise: bool
     """Whether it is no more than rounding leaves."""
     share: float
-    """Of the energy of the difference."""
+    """Of the energy of the difference; 1 where it is not known: of what is not finite, or no larger than noise."""
 
 
 def leaves_noise(base: Matrix, bits: Matrix, dtype: Dtype) -> bool:
@@ -61,10 +52,8 @@ def remainder(base: Matrix, bits: Matrix, dtype: Dtype) -> Remainder:
     noise = float(np.sum(np.square(ulps))) / 12 + _PRODUCT * total
     if not np.isfinite(total):
         return Remainder(False, 1.0)
-    if total <= noise:
-        return Remainder(
-            total > 0, 1.0
-        )  # weights that start on the grid do not move at all if they move by less than half a step
+    if total <= noise:  # weights that start on the grid do not move at all if they move by less than half a step
+        return Remainder(total > 0, 1.0)
     short = difference if difference.shape[0] <= difference.shape[1] else difference.T
     with alone():
         energies = np.linalg.eigvalsh(short @ short.T)  # ascending

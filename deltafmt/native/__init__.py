@@ -1,4 +1,4 @@
-"""Compiled kernels for what numpy cannot do in one pass. Whoever has none gets the same bytes, more slowly.
+"""Compiled kernels for what Python and numpy cannot do in one pass. Whoever has none gets the same bytes, more slowly.
 
 The library is built with the package where a C compiler is at hand (hatch_build.py), and lies beside this file. It does
 not depend on the version of Python. Calls into it let other threads run.
@@ -80,7 +80,7 @@ LIBRARY = _load()
 
 
 def available() -> bool:
-    """Whether there are kernels to call; the functions below must not be called if not."""
+    """Whether there are kernels to call; if not, of the functions below only `keys_rise` may be called."""
     return LIBRARY is not None
 
 

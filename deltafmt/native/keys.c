@@ -3,7 +3,7 @@
 
 #include "native.h"
 
-#define DEPTH 64
+#define DEPTH 64 /* as JSON_DEPTH in limits.py */
 
 typedef struct {
     const uint8_t *text; /* none yet, if NULL */

@@ -131,8 +131,9 @@ _CORRECT = "Correct it in the checkpoint and pack that again; load_state_dict re
 
 
 @contextmanager
-def foreign_errors(where: str, what: str) -> Iterator[None]:
-    """What a library raises about a file that it is given, of whatever class, as `UsageError`."""
+def foreign_errors(where: str, what: str, hint: str = _CORRECT, *, when_full: str | None = None) -> Iterator[None]:
+    """What a library raises about what it is given, of whatever class, as `UsageError`; that memory is full only with a
+    hint for that."""
     try:
         yield
     except DeltafmtError:
@@ -141,8 +142,10 @@ def foreign_errors(where: str, what: str) -> Iterator[None]:
         raise UsageError(f"{what}: {_in_short(error)}", where=where, hint="Install what it needs") from error
     except Exception as error:
         if is_out_of_memory(error):
-            raise
-        raise UsageError(f"{what}: {_in_short(error)}", where=where, hint=_CORRECT) from error
+            if when_full is None:
+                raise
+            hint = when_full
+        raise UsageError(f"{what}: {_in_short(error)}", where=where, hint=hint) from error
 
 
 def _in_short(error: Exception) -> str:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from ..archive import OpenArchive, TensorSlice
+from ..archive import OpenArchive, TensorSlice, usable_device
 from ..dtypes import DTYPES, Bits, Dtype, Shape
 from ..errors import UsageError
 from ..gemm import one_thread_each
@@ -27,8 +27,6 @@ from .recipes import prefix, same_as
 _Key = TypeVar("_Key", bound=Hashable)
 
 _KEPT_BYTES = 256 << 20
-
-_META_HINT = "Take another one; mode='lazy' reads weights when they are used"
 
 SAFETENSORS_NAMES = {getattr(torch, dtype.values.name): dtype.name for dtype in DTYPES.values()}
 """torch dtype -> its name in safetensors."""
@@ -56,17 +54,16 @@ class Cast:
 
 
 def new_cast(device: torch.device | str | None, dtype: torch.dtype | None) -> Cast:
-    """Raises `UsageError` for a dtype that is none of torch's floats, and for a device that is unknown or has no
-    values."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise UsageError(f"{dtype} is no floating-point dtype of torch", hint="Pass one, such as torch.bfloat16")
-    try:
-        place = None if device is None else torch.empty(0, device=device).device  # with its number
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
-        raise UsageError(f"the device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
-    if place is not None and place.type == "meta":
-        raise UsageError("the device 'meta' cannot be used: tensors have no values there", hint=_META_HINT)
-    return Cast(place, dtype)
+    """Raises `UsageError` as `check_float` and `deltafmt.archive.usable_device` do."""
+    if dtype is not None:
+        check_float(dtype)
+    return Cast(None if device is None else usable_device(device), dtype)
+
+
+def check_float(dtype: object) -> None:
+    """Raises `UsageError` for what is none of torch's floating-point dtypes."""
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UsageError(f"{dtype!r} is no floating-point dtype of torch", hint="Pass one, such as torch.bfloat16")
 
 
 def nbytes(archive: Archive, cast: Cast) -> int:
