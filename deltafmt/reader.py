@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import collector
 from .checkpoint import Checkpoint, FilePart, TensorInfo, WeightFileLayout
 from .digests import digest
 from .dtypes import Bits
@@ -114,6 +115,7 @@ class Archive(Checkpoint):
         WrongBaseError: a base given has other tensors than the one the archive was packed against.
     """
 
+    @collector.put_off()
     def __init__(
         self, path: Path, bases: Mapping[str, Checkpoint] | None = None, *, limits: Limits = DEFAULT_LIMITS
     ) -> None:

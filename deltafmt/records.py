@@ -69,5 +69,5 @@ def kinds_and_shapes(
     for name, shape in set(pairs):
         kind = dtype(name)
         known[name, shape] = kind, check(list(shape), kind)
-    found = [known[pair] for pair in pairs]
-    return [kind for kind, _ in found], [shape for _, shape in found]
+    kinds, shapes = zip(*map(known.__getitem__, pairs), strict=True) if pairs else ((), ())
+    return list(kinds), list(shapes)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from .errors import MalformedError
 from .limits import JSON_DEPTH, MAX_INTEGER
 from .names import escaped
-from .native import keys_rise
+from .native import keys_differ
 
 _MAX_DIGITS = 19
 _DIGITS_AND_ENDS = bytes(0x30 if c in b"0123456789" else 0x2C if c in b",}] \t\r\n" else 0x78 for c in range(256))
@@ -34,7 +34,7 @@ def parse(data: bytes, where: str) -> Any:
             raise MalformedError("a byte order mark", where=where, reason="json")
         value = json.loads(
             text,
-            object_pairs_hook=None if keys_rise(data) else _unique,
+            object_pairs_hook=None if keys_differ(data) else _unique,
             parse_int=_integer if data[-1:].isdigit() or _LONG_INTEGER in data.translate(_DIGITS_AND_ENDS) else None,
             parse_float=_real,
             parse_constant=_forbid,

@@ -28,11 +28,11 @@ FILE = Path(__file__).with_name("libkernels.so.1")
 TILE_ROWS, TILE_COLUMNS = 4, 48  # as in product.c, and that the even columns have a panel and the odd ones
 _ABI = 4  # as in native.h: another one is what an older build left behind
 _GROUPS, _KINDS = 256, 132  # as in groups.c
-_ANSWERING = ("keys_rise", "merge_segments")  # the rest return nothing
+_ANSWERING = ("keys_differ", "merge_segments")  # the rest return nothing
 _PROBLEMS: tuple[Problem | None, ...] = (None, "bits left over", "too large")  # as in segments.c
 _POINTER, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES: dict[str, Sequence[Any]] = {
-    "keys_rise": (_POINTER, _COUNT),
+    "keys_differ": (_POINTER, _COUNT),
     "pack_a": (_POINTER, *[_COUNT] * 2, _POINTER),
     "pack_b": (_POINTER, *[_COUNT] * 2, _POINTER),
     "set_product": (_POINTER, *[_COUNT] * 4, _POINTER, _POINTER),
@@ -80,19 +80,20 @@ LIBRARY = _load()
 
 
 def available() -> bool:
-    """Whether there are kernels to call; if not, of the functions below only `keys_rise` may be called."""
+    """Whether there are kernels to call; if not, of the functions below only `keys_differ` may be called."""
     return LIBRARY is not None
 
 
 # Keys
 
 
-def keys_rise(text: bytes) -> bool:
-    """Whether in `text`, if it is JSON, the keys of each object come in rising order, so that none is there twice.
+def keys_differ(text: bytes) -> bool:
+    """Whether in `text`, if it is JSON, no object has a key twice.
 
-    False as well where that cannot be told without parsing: white space, escapes, deep nesting.
+    False as well where that is not told so easily: many keys that are not in rising order, white space, escapes, deep
+    nesting.
     """
-    return bool(LIBRARY is not None and LIBRARY.keys_rise(text, len(text)))
+    return bool(LIBRARY is not None and LIBRARY.keys_differ(text, len(text)))
 
 
 # Products
