@@ -12,6 +12,7 @@ import pytest
 import deltafmt
 from deltafmt import MalformedError, collector, reader
 from deltafmt.manifest import Manifest
+from deltafmt.manifest_parser import parse_manifest
 from hostile import f32, write_checkpoint
 
 
@@ -25,7 +26,7 @@ def archive(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("on", [True, False])
 def test_it_is_afterwards_as_it_was(archive: Path, on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    known = reader.parse_manifest
+    known = parse_manifest
 
     def watched(*arguments: Any) -> Manifest:
         seen.append(gc.isenabled())
