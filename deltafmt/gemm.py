@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 from . import native
 from .dtypes import Bits, Dtype, round_to, widen
 from .errors import UnsupportedError
+from .process import Setting
 from .scratch import borrowed
 
 Wide = npt.NDArray[Any]  # float32 or float64
@@ -121,37 +122,15 @@ def check_subnormals() -> None:
 _LEAST_NORMAL = np.finfo(np.float32).tiny
 
 
-@contextlib.contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Have numpy's BLAS use one thread for each of ours: a pool of ours keeps every core busy already.
-
-    The setting is the process's: whoever comes first changes it, whoever leaves last puts it back.
-    """
-    with _SETTING:
-        if _THREADS.inside == 0:
-            _THREADS.blas = threadpool_limits(1, user_api="blas")
-        _THREADS.inside += 1
-    try:
-        yield
-    finally:
-        with _SETTING:
-            _THREADS.inside -= 1
-            if _THREADS.inside == 0:
-                _THREADS.blas.restore_original_limits()
+def one_thread_each() -> contextlib.AbstractContextManager[None]:
+    """Have numpy's BLAS use one thread for each of ours: a pool of ours keeps every core busy already."""
+    return _ONE_THREAD.changed()
 
 
 def alone() -> contextlib.AbstractContextManager[Any]:
     """For products of numpy: one at a time, unless each has a thread of its own. They get in each other's way."""
-    return contextlib.nullcontext() if _THREADS.inside else _ONE_AT_A_TIME
+    return contextlib.nullcontext() if _ONE_THREAD.is_changed else _ONE_AT_A_TIME
 
 
-class _Threads:
-    """What `one_thread_each` changed: how many are inside it, and what was set before."""
-
-    inside = 0
-    blas: Any = None
-
-
-_SETTING = threading.Lock()
-_THREADS = _Threads()
+_ONE_THREAD = Setting(lambda: threadpool_limits(1, user_api="blas").restore_original_limits)
 _ONE_AT_A_TIME = threading.RLock()

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from . import collector
 from .checkpoint import Checkpoint, FilePart, TensorInfo, WeightFileLayout
 from .digests import digest
 from .dtypes import Bits
@@ -23,6 +22,7 @@ from .manifest import Array, Base, Manifest
 from .manifest_parser import parse_manifest
 from .names import MANIFEST, escaped, is_shard_name
 from .operators.base import Read
+from .process import without_collecting
 from .rebuild import Rebuilder
 from .safetensors_file import carried_manifest, is_carrier
 from .scope import ManifestScope
@@ -115,7 +115,7 @@ class Archive(Checkpoint):
         WrongBaseError: a base given has other tensors than the one the archive was packed against.
     """
 
-    @collector.put_off()
+    @without_collecting()
     def __init__(
         self, path: Path, bases: Mapping[str, Checkpoint] | None = None, *, limits: Limits = DEFAULT_LIMITS
     ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import deltafmt
-from deltafmt import MalformedError, collector, reader
+from deltafmt import MalformedError, process, reader
 from deltafmt.manifest import Manifest
 from deltafmt.manifest_parser import parse_manifest
 from hostile import f32, write_checkpoint
@@ -50,17 +50,17 @@ def test_the_last_of_several_threads_puts_it_back() -> None:
     both, first_left = threading.Barrier(2), threading.Event()
 
     def first() -> None:
-        with collector.put_off():
+        with process.without_collecting():
             both.wait()
         first_left.set()
 
     thread = threading.Thread(target=first)
     thread.start()
-    with collector.put_off():
+    with process.without_collecting():
         both.wait()
         first_left.wait()
         assert not gc.isenabled()
-        with collector.put_off():
+        with process.without_collecting():
             pass
         assert not gc.isenabled()
     thread.join()
