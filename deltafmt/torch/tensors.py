@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -226,7 +226,7 @@ class _Memory:
 class SharedPieces:
     """Slices of an open archive's tensors for whoever reads each of them once, in any order and any threads.
 
-    A piece of a tensor that several recipes refer to is read once, as a rule, and kept until all have had it, or this
+    A piece of a tensor that several recipes refer to is read once, whoever else waits for it, and kept until all have had it, or this
     is gone; so long as there is room for it: at most `_KEPT_BYTES` are.
     """
 
@@ -238,6 +238,7 @@ class SharedPieces:
         self._pieces: dict[tuple[Ref, int, int], tuple[Bits, int]] = {}
         self._room = _KEPT_BYTES
         self._lock = threading.Lock()
+        self._reading: defaultdict[tuple[Ref, int, int], threading.Lock] = defaultdict(threading.Lock)
 
     def get_slice(self, name: str) -> TensorSlice:
         """As of `deltafmt.archive.OpenArchive`."""
@@ -262,6 +263,12 @@ class SharedPieces:
 
     def _reader(self, ref: Ref, read: Read) -> Read:
         def read_once(lo: int, hi: int, out: Bits) -> None:
+            with self._lock:
+                reading = self._reading[ref, lo, hi]
+            with reading:  # references have no cycles: neither have those who wait
+                read_or_copy(lo, hi, out)
+
+        def read_or_copy(lo: int, hi: int, out: Bits) -> None:
             with self._lock:
                 known, left = self._pieces.pop((ref, lo, hi), (None, self._uses[ref]))
                 if known is not None and left > 1:
