@@ -226,8 +226,8 @@ class _Memory:
 class SharedPieces:
     """Slices of an open archive's tensors for whoever reads each of them once, in any order and any threads.
 
-    A piece of a tensor that several recipes refer to is read once, whoever else waits for it, and kept until all have had it, or this
-    is gone; so long as there is room for it: at most `_KEPT_BYTES` are.
+    A piece of a tensor that several recipes refer to is read once, whoever else waits for it, and kept until all have
+    had it, or this is gone; so long as there is room for it: at most `_KEPT_BYTES` are.
     """
 
     def __init__(self, archive: OpenArchive) -> None:
