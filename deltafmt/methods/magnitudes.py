@@ -50,6 +50,12 @@ def _rows_within(b: Wide) -> Float64:
     return np.asarray(squares.sum(axis=1) ** 2 / np.square(squares).sum(axis=1))
 
 
+def rough_magnitudes(base: Matrix, changed: Matrix) -> Float64:
+    """The first guess of `magnitudes`: what the low-rank matrix shares with `base` is taken for a part of them."""
+    own, shared, _ = row_products(base, changed)
+    return 1 + _share(shared, own)
+
+
 def have_magnitudes(base: Matrix, changed: Matrix) -> bool:
     """Whether multiples of the rows explain more of the difference than the one part in `columns` that chance does."""
     own, shared, change = row_products(base, changed)

@@ -6,7 +6,7 @@ decayed, and mixtures of several models. Each is found by itself and offered; wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,12 @@ from ..limits import SUM_TERMS
 from ..operators import Lowrank, Operator, Patch, Scaled, Sum, Target
 from ..operators.patch import cast
 from .affine import are_rows_scaled, mixture, row_scales
-from .magnitudes import have_magnitudes, magnitudes, row_products
+from .magnitudes import have_magnitudes, magnitudes, rough_magnitudes, row_products
 from .matrices import Index, Matrix, Rows, Wide, WideRows, row_blocks, spread
 from .prediction import Computed, Elements, Prediction, Referred
 from .recovery import PART, IntegerFactors, promising, recover
 from .rounded_fit import room_to_fit
-from .sketch import leaves_noise, remainder
+from .sketch import Remainder, leaves_noise, remainder
 
 _DTYPES = ("BF16", "F16", "F32")
 _SMALLEST = 4096  # elements; what could be saved on fewer is less than what says so
@@ -32,6 +32,7 @@ _ROWS = 256  # are enough to tell what kind of change it was
 _FEWEST_BITS = 0.4  # a changed weight, below which low rank has little to save
 _REPLACED = 10  # times as much as usual has a row changed, and more than it was, that was replaced: a new token's
 _CONCENTRATED = 0.01  # of a change is left by few components: low rank times magnitudes that follow it (DoRA)
+_SPREAD = 0.02  # of a change, and more, is left by few components and roughly known magnitudes: not low rank
 _HUGE = 2.0**40  # weights beyond: squares and sums of them might leave float32, and nothing comes of it
 
 
@@ -54,6 +55,9 @@ def computed(name: str, tensor: Elements, bases: Sequence[Referred], stored: flo
         yield mixture
     if len(tensor.shape) > 1:
         yield from search.of_closest()
+
+
+Magnitudes = Callable[[Matrix, Matrix], Wide]
 
 
 class _Search:
@@ -114,9 +118,10 @@ class _Search:
         if low:
             left = remainder(base, bits[some], dtype)
             grown = grown or bool(not left.is_noise and left.share < _CONCENTRATED)
-            if grown and (multiples := _multiplied(base, changed)) is not None:
-                left = remainder(multiples, bits[some], dtype)
-            low = left.is_noise and self._is_promising(like, rows, grown)
+            numbers_of = None
+            if grown:
+                numbers_of, left = _grown(base, changed, bits[some], dtype)
+            low = left.is_noise and self._is_promising(like, rows, numbers_of)
         if not (scaled or low):
             return
         base_rows = self._base(like, rows)
@@ -133,7 +138,7 @@ class _Search:
             if found is not None:
                 yield found
 
-    def _is_promising(self, like: Elements, rows: Index, grown: bool) -> bool:
+    def _is_promising(self, like: Elements, rows: Index, numbers_of: Magnitudes | None) -> bool:
         """Whether low rank explains how some of these rows, or multiples of them, changed in some columns."""
         bits = _matrix(self._tensor)
         part = np.ix_(rows[spread(len(rows), PART)], spread(bits.shape[1], PART))
@@ -143,7 +148,7 @@ class _Search:
         base, changed = numbers
         kept = ~_are_replaced(base, changed)
         base, changed = base[kept], changed[kept]
-        likely = _multiplied(base, changed) if grown else base
+        likely = base if numbers_of is None else _multiplied(base, numbers_of(base, changed))
         return likely is not None and promising(
             likely, bits[part][kept], self._tensor.dtype, (len(rows), bits.shape[1])
         )
@@ -217,9 +222,22 @@ def _matrix(tensor: Elements) -> Bits:
     return tensor.bits.reshape(tensor.shape[0], -1)
 
 
-def _multiplied(base: Wide, changed: Wide) -> Wide | None:
-    """Each row times its magnitude; None where one is huge."""
-    numbers = magnitudes(base, changed)
+def _grown(base: Wide, changed: Wide, bits: Bits, dtype: Dtype) -> tuple[Magnitudes, Remainder]:
+    """What tells the magnitudes of these rows well enough to look at them, and what they leave.
+
+    Training with weight decay shrinks rows too: the first guess leaves of it what no low rank explains.
+    """
+    multiples = _multiplied(base, rough_magnitudes(base, changed))
+    if multiples is not None:
+        left = remainder(multiples, bits, dtype)
+        if left.is_noise or left.share > _SPREAD:
+            return rough_magnitudes, left
+    multiples = _multiplied(base, magnitudes(base, changed))
+    return magnitudes, remainder(base if multiples is None else multiples, bits, dtype)
+
+
+def _multiplied(base: Wide, numbers: Wide) -> Wide | None:
+    """Each row times its number; None where one is huge."""
     return base * numbers.astype(base.dtype)[:, None] if np.abs(numbers).max(initial=0) < _HUGE else None
 
 
