@@ -149,7 +149,8 @@ class Packer:
                 shared = min(like.count, info.count)
                 checkpoint.read(ref.tensor, 0, shared, bits[:shared])
                 bits[shared:] = 0
-                yield Referred(ref, like.dtype, bits, resized=like.shape != info.shape)
+                rows = None if like.shape == info.shape else min(like.shape[0], info.shape[0])
+                yield Referred(ref, like.dtype, bits, rows)
 
     def _likes(self, name: str) -> Iterator[tuple[Ref, Checkpoint]]:
         for base, reference in self._references.items():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .manifest import Manifest, Tensor
-from .operators import Lowrank, Operator, Patch, Ref, Scaled, Stored, Sum
+from .operators import Decayed, Lowrank, Operator, Patch, Ref, Scaled, Stored, Sum
 from .report import PackReport, TensorReport
 
 ROLES = ("base", "factors", "residual", "layout", "sidecar", "manifest", "overhead")
@@ -33,6 +33,9 @@ def _mark(node: Operator, role: str, roles: dict[str, str]) -> None:
     elif isinstance(node, Scaled):
         _mark(node.x, role, roles)
         _mark(node.scale, "factors", roles)
+    elif isinstance(node, Decayed):
+        _mark(node.x, role, roles)
+        _mark(node.table, "factors", roles)
     else:
         for operand in node.operands():
             _mark(operand, "factors" if isinstance(node, Lowrank) else role, roles)
@@ -62,8 +65,8 @@ def method(tensor: Tensor, manifest: Manifest) -> str:
     """How a tensor is stored.
 
     `raw`, `compressed`, `ref` (inside the archive), `base-ref`, `patch` (of a base as it is), `patch-layer`
-    (of another tensor of the archive), `patch-lowrank`, `patch-scaled`, `patch-mixture` (of what is computed from
-    these), `lowrank` (not exact).
+    (of another tensor of the archive), `patch-lowrank`, `patch-scaled`, `patch-decayed`, `patch-mixture` (of what is
+    computed from these), `lowrank` (not exact).
     """
     recipe = tensor.recipe
     if isinstance(recipe, Stored):
@@ -72,7 +75,7 @@ def method(tensor: Tensor, manifest: Manifest) -> str:
         return "ref" if recipe.base is None else "base-ref"
     if isinstance(recipe, Patch):
         kinds = {type(node) for node in recipe.prediction.walk()}
-        names = {Lowrank: "-lowrank", Sum: "-mixture", Scaled: "-scaled"}
+        names = {Lowrank: "-lowrank", Sum: "-mixture", Scaled: "-scaled", Decayed: "-decayed"}
         plain = "-layer" if any(node.base is None for node in recipe.walk() if isinstance(node, Ref)) else ""
         return "patch" + next((name for kind, name in names.items() if kind in kinds), plain)
     return "lowrank" if isinstance(recipe, (Sum, Lowrank)) else recipe.op

@@ -26,12 +26,13 @@ _METHODS = {
     "patch-layer": "compressed difference to another layer",
     "patch-lowrank": "exact low-rank factors, and what they miss",
     "patch-scaled": "the base's rows, scaled, and what that misses",
+    "patch-decayed": "the base after weight decay, and what that misses",
     "patch-mixture": "a mixture of the bases, and what that misses",
     "lowrank": "low-rank factors",
 }
 _ROLES = {
     "base": "weights stored whole",
-    "factors": "low-rank factors, scales",
+    "factors": "low-rank factors, scales, steps",
     "residual": "differences to a prediction",
     "layout": "headers of the original files",
     "sidecar": "other files, as they were",

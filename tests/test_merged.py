@@ -197,6 +197,50 @@ def test_added_tokens_cost_what_they_are(tmp_path: Path, bases: dict[str, list[P
             assert lazy[rows].tobytes() == expected[rows].tobytes()
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_rows_that_decay_beside_added_tokens_cost_a_number_each(
+    tmp_path: Path, bases: dict[str, list[Path]], dtype: str
+) -> None:
+    """A token is added, then all is trained with weight decay: rows that no text uses only shrink."""
+    base = bases[dtype][0]
+    merges.tokens_added(base, tmp_path / "grown", NEW)
+    decay = {"BF16": 1e-4, "F32": 1e-6}[dtype]  # so little does not show in bf16
+    merges.decayed_rows(tmp_path / "grown", tmp_path / "trained", unused=0.9, decay=decay)
+    report = comes_back(tmp_path / "trained", tmp_path, base)
+    recipe = manifest(tmp_path / "packed")["tensors"][EMBEDDING]["recipe"]
+    found = {"BF16": "scaled", "F32": "decayed"}[dtype]  # of float32 every step is rounded
+    assert operators(recipe) == sorted(["patch", "ref", "rows", found, "stored", "stored"])
+    width = NUMPY[dtype].itemsize
+    changed = 0.15 * TOKENS + NEW  # rows, of which a tenth were drawn
+    assert report.tensors[EMBEDDING].stored_bytes <= changed * HIDDEN * width + 9 * TOKENS + SLACK
+
+
+@pytest.mark.parametrize("base_dtype", ["BF16", "F32"])
+def test_low_rank_is_found_beside_added_tokens(tmp_path: Path, bases: dict[str, list[Path]], base_dtype: str) -> None:
+    base = bases[base_dtype][0]
+    random = np.random.default_rng(5)
+    b, a = merges.factors(random, (TOKENS, HIDDEN), RANK, 1e-3)
+    tensors = read_checkpoint(base)
+    new = 0.02 * random.standard_normal((NEW, HIDDEN), np.float32)
+    grown = [
+        held(each.name, np.concatenate([each.load().astype(np.float32) + b @ a, new]).astype(NUMPY["BF16"]))
+        if each.name == EMBEDDING
+        else each
+        for each in tensors
+    ]
+    write_checkpoint(tmp_path / "grown", grown)
+    report = comes_back(tmp_path / "grown", tmp_path, base)
+    recipe = manifest(tmp_path / "packed")["tensors"][EMBEDDING]["recipe"]
+    assert operators(recipe) == ["lowrank", "patch", "ref", "rows", "stored", "stored", "stored", "sum"]
+    factors = 16 * RANK * (TOKENS + HIDDEN) / 8
+    assert report.tensors[EMBEDDING].stored_bytes <= factors + 0.4 * TOKENS * HIDDEN / 8 + 2 * NEW * HIDDEN + SLACK
+    expected = arrays(tmp_path / "grown")[EMBEDDING]
+    with deltafmt.open(tmp_path / "packed", base=base) as archive:
+        lazy = archive.get_slice(EMBEDDING)
+        for part in (np.s_[TOKENS - 2 : TOKENS + 2], np.s_[-NEW:, 3:70], np.s_[:, 5:9]):
+            assert lazy[part].tobytes() == expected[part].tobytes()
+
+
 def test_removed_tokens_cost_nothing(tmp_path: Path, bases: dict[str, list[Path]]) -> None:
     """The base of the test before is the fine-tune of this one."""
     base = bases["BF16"][0]

@@ -15,12 +15,13 @@ import numpy.typing as npt
 from ..dtypes import DTYPES, Bits, Dtype, Shape, widen
 from ..gemm import alone
 from ..limits import SUM_TERMS
-from ..operators import Lowrank, Operator, Patch, Scaled, Sum, Target
+from ..operators import Decayed, Lowrank, Operator, Patch, Ref, Scaled, Sum, Target
 from ..operators.patch import cast
 from .affine import are_rows_scaled, mixture, row_scales
+from .decay import decay_table, have_decayed
 from .magnitudes import have_magnitudes, magnitudes, rough_magnitudes, row_products
 from .matrices import Index, Matrix, Rows, Wide, WideRows, row_blocks, spread
-from .prediction import Computed, Elements, Prediction, Referred
+from .prediction import Computed, Elements, Exact, Prediction, Referred
 from .recovery import PART, IntegerFactors, promising, recover
 from .rounded_fit import room_to_fit
 from .sketch import Remainder, leaves_noise, remainder
@@ -44,14 +45,14 @@ def computed(name: str, tensor: Elements, bases: Sequence[Referred], stored: flo
     Args:
         name: of the tensor.
         tensor: the tensor that is to be stored.
-        bases: tensors of its shape in the bases, the closest first.
+        bases: what the bases have of that name, the closest first.
         stored: bytes that it takes without.
     """
     bases = [base for base in bases if base.dtype.name != "F64"][:SUM_TERMS]  # of float64 the arithmetic is another
     if tensor.dtype.name not in _DTYPES or tensor.bits.size < _SMALLEST or not bases:
         return
     search = _Search(name, tensor, bases, stored)
-    if len(bases) > 1 and (mixture := search.mixture()) is not None:
+    if (mixture := search.mixture()) is not None:
         yield mixture
     if len(tensor.shape) > 1:
         yield from search.of_closest()
@@ -63,21 +64,26 @@ Magnitudes = Callable[[Matrix, Matrix], Wide]
 class _Search:
     def __init__(self, name: str, tensor: Elements, bases: Sequence[Referred], stored: float) -> None:
         self._name, self._tensor, self._bases, self._stored = name, tensor, bases, stored
+        self._node = bases[0].recipe
+        self._shared = bases[0].rows  # others were added
         self._wide = np.dtype("f8" if tensor.dtype.name == "F32" else "f4")
         self._closest = Elements(bases[0].dtype, tensor.shape, bases[0].bits)
 
     def mixture(self) -> Prediction | None:
-        """The best mixture of all bases."""
+        """The best mixture of all bases of the tensor's shape."""
+        bases = [base for base in self._bases if base.rows is None]
+        if len(bases) < 2:
+            return None
         part = spread(self._tensor.bits.size, _MIXED)
         bits = self._tensor.bits[part]
-        parts = [widen(base.bits[part], base.dtype, np.dtype("f8")) for base in self._bases]
+        parts = [widen(base.bits[part], base.dtype, np.dtype("f8")) for base in bases]
         if not _is_ordinary([each[None] for each in (*parts, widen(bits, self._tensor.dtype, self._wide))]):
             return None
         numbers = mixture(parts, bits, self._tensor.dtype)
         arrays = {f"scale{place}": self._floats(number, ()) for place, number in enumerate(numbers)}
 
         def recipe(nodes: Mapping[str, Operator]) -> Operator:
-            return Sum(tuple(Scaled(base.ref, node) for base, node in zip(self._bases, nodes.values(), strict=True)))
+            return Sum(tuple(Scaled(base.ref, node) for base, node in zip(bases, nodes.values(), strict=True)))
 
         return self._computed(arrays, recipe, self._wide)
 
@@ -87,7 +93,7 @@ class _Search:
         if closest.dtype.mantissa_bits <= dtype.mantissa_bits:
             return None
         bits, like_bits = _matrix(self._tensor), _matrix(closest)
-        some = spread(len(bits), _ROWS)
+        some = spread(self._shared or len(bits), _ROWS)
         numbers = self._numbers(closest, some)
         if numbers is None:
             return None
@@ -107,11 +113,17 @@ class _Search:
         dtype, like = self._tensor.dtype, self._rounded_first() or self._closest
         bits = _matrix(self._tensor)
         rows = _differing(bits, _matrix(like)) if like.dtype == dtype else np.arange(len(bits))
+        rows = rows if self._shared is None else rows[rows < self._shared]
         some = rows[spread(len(rows), _ROWS)]
         numbers = self._numbers(like, some)
         if numbers is None:
             return
         base, changed = numbers
+        if dtype == like.dtype and dtype.name == "F32" and have_decayed(base, changed):
+            decayed = self._decayed(rows)
+            if decayed is not None:
+                yield decayed
+                return
         scaled = are_rows_scaled(base, bits[some], dtype)
         grown = have_magnitudes(base, changed)
         low = 8 * self._stored > _FEWEST_BITS * len(rows) * bits.shape[1]
@@ -137,6 +149,14 @@ class _Search:
                 found = self._low_rank(like, rows, grown)
             if found is not None:
                 yield found
+
+    def _decayed(self, rows: Index) -> Prediction | None:
+        """The closest base, moved by what decay does to float32."""
+        table = decay_table(_matrix(self._closest), _matrix(self._tensor), rows)
+        if table is None:
+            return None
+        arrays = {"table": Elements(DTYPES["U32"], table.shape, table.reshape(-1))}
+        return Exact(self._target(), self._referred(), arrays, lambda nodes: Decayed(self._node, nodes["table"]))
 
     def _is_promising(self, like: Elements, rows: Index, numbers_of: Magnitudes | None) -> bool:
         """Whether low rank explains how some of these rows, or multiples of them, changed in some columns."""
@@ -186,7 +206,7 @@ class _Search:
         return everywhere
 
     def _combined(self, like: Elements, scales: Wide | None, factors: IntegerFactors | None) -> Prediction:
-        ref = self._bases[0].ref
+        node = self._node
         arrays: dict[str, Elements] = {}
         accumulator = self._wide
         if rounded := like.dtype != self._closest.dtype:
@@ -198,7 +218,7 @@ class _Search:
             accumulator = np.promote_types(accumulator, factors.accumulator)
 
         def recipe(nodes: Mapping[str, Operator]) -> Operator:
-            base = Patch(ref, nodes["rounded"]) if rounded else ref
+            base = Patch(node, nodes["rounded"]) if rounded else node
             scaled = Scaled(base, nodes["scale"]) if "scale" in nodes else base
             if factors is None:
                 return scaled
@@ -212,9 +232,13 @@ class _Search:
         return Elements(dtype, shape, np.asarray(values, dtype.values).reshape(-1).view(dtype.bits))
 
     def _computed(self, arrays: Mapping[str, Elements], recipe: Any, accumulator: np.dtype[Any]) -> Prediction:
-        target = Target(self._name, self._tensor.dtype, self._tensor.shape, accumulator)
-        tensors = {base.ref: Elements(base.dtype, self._tensor.shape, base.bits) for base in self._bases}
-        return Computed(target, tensors, arrays, recipe)
+        return Computed(self._target(accumulator), self._referred(), arrays, recipe)
+
+    def _target(self, accumulator: np.dtype[Any] | None = None) -> Target:
+        return Target(self._name, self._tensor.dtype, self._tensor.shape, accumulator or self._wide)
+
+    def _referred(self) -> Mapping[Ref, Elements]:
+        return {base.ref: Elements(base.dtype, self._tensor.shape, base.bits) for base in self._bases}
 
 
 def _matrix(tensor: Elements) -> Bits:

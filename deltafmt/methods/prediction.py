@@ -39,6 +39,9 @@ class Elements(NamedTuple):
 class Prediction(ABC):
     """Something close to a tensor, known to a reader before it reads the residual."""
 
+    in_runs = False
+    """Whether what it misses may lie together, so that residuals in the order of the elements are the smaller ones."""
+
     @property
     def own_bytes(self) -> int:
         """What the arrays that it needs take in an archive, beside the residual."""
@@ -65,12 +68,21 @@ class Prediction(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Referred(Prediction):
-    """A base tensor of the same shape, or its rows where there are more or fewer of them."""
+    """A base tensor of the same shape, or its rows where there are more or fewer of them.
+
+    Attributes:
+        bits: in the shape of what is predicted.
+        rows: how many of the rows are the base's where it has more or fewer of them; the others are zeros.
+    """
 
     ref: Ref
     dtype: Dtype
     bits: Bits
-    resized: bool = False
+    rows: int | None = None
+
+    @property
+    def recipe(self) -> Operator:
+        return self.ref if self.rows is None else Rows(self.ref)
 
     def predicted(self, lo: int, hi: int, dtype: Dtype, groups: Groups | None) -> tuple[Bits, Grouping | None]:
         bits = cast(self.bits[lo:hi], self.dtype, dtype)
@@ -78,18 +90,22 @@ class Referred(Prediction):
 
     def groups(self, bits: Bits, dtype: Dtype, chunk: int) -> Groups | None:
         """By exponent: on it depends how many last places a change of some size is."""
-        count = min(chunk, self.bits.size)
-        if not dtype.is_float or count < _FEWEST:
-            return None
         step = max(2 * bits.size // _SAMPLE, 1)
         predicted = self.bits
         if self.dtype != dtype:
             predicted, bits, step = cast(predicted[::step], self.dtype, dtype), np.ascontiguousarray(bits[::step]), 1
-        bounds = exponent_bounds(kinds_by_exponent(predicted, bits, dtype, step), count)
-        return Groups("exponent", bounds) if bounds else None
+        return _by_exponent(predicted, bits, dtype, step, min(chunk, self.bits.size))
 
     def write(self, name: str, writer: ArchiveWriter) -> Operator:
-        return Rows(self.ref) if self.resized else self.ref
+        return self.recipe
+
+
+def _by_exponent(predicted: Bits, bits: Bits, dtype: Dtype, step: int, count: int) -> Groups | None:
+    """Groups for chunks of `count` elements, by every `step`-th element of a tensor and its prediction."""
+    if not dtype.is_float or count < _FEWEST:
+        return None
+    bounds = exponent_bounds(kinds_by_exponent(predicted, bits, dtype, step), count)
+    return Groups("exponent", bounds) if bounds else None
 
 
 class Computed(Prediction):
@@ -160,6 +176,24 @@ class Computed(Prediction):
             )
             nodes[role] = Stored(stored)
         return self._recipe(nodes)
+
+
+class Exact(Computed):
+    """The same of a recipe that has the tensor's dtype."""
+
+    in_runs = True
+
+    def predicted(self, lo: int, hi: int, dtype: Dtype, groups: Groups | None) -> tuple[Bits, Grouping | None]:
+        bits = scratch("predicted", dtype.bits, hi - lo)
+        self._value.bits(lo, hi, bits)
+        return bits, None if groups is None else groups.of_exponents(bits, dtype)
+
+    def groups(self, bits: Bits, dtype: Dtype, chunk: int) -> Groups | None:
+        """By exponent, as those of a base."""
+        size = min(_SAMPLE, bits.size)
+        begin = (bits.size - size) // 2
+        predicted, _ = self.predicted(begin, begin + size, dtype, None)
+        return _by_exponent(predicted, bits[begin : begin + size], dtype, 1, min(chunk, bits.size))
 
 
 def _encoding(array: Elements) -> Encoding:

@@ -22,11 +22,12 @@ Floats = npt.NDArray[Any]
 Bools = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.uint8]
 Counts = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint32]
 Problem = Literal["bits left over", "too large"]
 
 FILE = Path(__file__).with_name("libkernels.so.1")
 TILE_ROWS, TILE_COLUMNS = 4, 48  # as in product.c, and that the even columns have a panel and the odd ones
-_ABI = 4  # as in native.h: another one is what an older build left behind
+_ABI = 5  # as in native.h: another one is what an older build left behind
 _GROUPS, _KINDS = 256, 132  # as in groups.c
 _ANSWERING = ("keys_differ", "merge_segments")  # the rest return nothing
 _PROBLEMS: tuple[Problem | None, ...] = (None, "bits left over", "too large")  # as in segments.c
@@ -45,6 +46,8 @@ _SIGNATURES: dict[str, Sequence[Any]] = {
     "margin_groups_4": (_POINTER, _COUNT, _INT, _POINTER, _COUNT, *[_POINTER] * 3),
     "margin_groups_8": (_POINTER, _COUNT, _INT, _POINTER, _COUNT, *[_POINTER] * 3),
 }
+for _width in (2, 4):
+    _SIGNATURES[f"move_by_steps_{_width}"] = (*[_POINTER] * 3, _INT, _INT, _COUNT, _POINTER)
 for _width in (2, 4, 8):
     _SIGNATURES |= {
         f"exponent_groups_{_width}": (_POINTER, _COUNT, _INT, _INT, _POINTER, _COUNT, *[_POINTER] * 2),
@@ -259,6 +262,35 @@ def _check_groups(first: Bits, second: Bits, up: Bools | None, numbers: Numbers)
     _require(first.itemsize == second.itemsize)
     _require(numbers.itemsize == 1)
     _require(up is None or (up.size, up.itemsize) == (first.size, 1))
+
+
+# Steps
+
+
+class Steps:
+    """By how much elements move, by their mantissa: by as many last places as `steps` has behind the bounds up to it.
+
+    Args:
+        bounds: ascending, each below `2**mantissa_bits`.
+        steps: one more than these.
+    """
+
+    def __init__(self, bounds: Words, steps: Words, mantissa_bits: int) -> None:
+        _require(
+            bounds.dtype == steps.dtype == np.uint32 and bounds.size + 1 == steps.size and 7 <= mantissa_bits <= 23
+        )
+        _require(bool((bounds[:-1] <= bounds[1:]).all()))
+        self.bounds, self.steps, self.mantissa_bits = bounds, steps, mantissa_bits
+        self.shift = max(mantissa_bits - 12, 0)
+        places = np.arange((1 << (mantissa_bits - self.shift)) + 1, dtype=np.uint32) << self.shift
+        self.first = np.searchsorted(bounds, places, side="right").astype(np.uint32)
+
+
+def move_by_steps(steps: Steps, bits: Bits) -> None:
+    """Move floats of two bytes or four towards zero, `[m]`, but for zeros, subnormals and what is not finite."""
+    _require(steps.mantissa_bits < 8 * bits.itemsize - 1)
+    known = steps.bounds, steps.steps, steps.first, steps.shift, steps.mantissa_bits
+    _call(f"move_by_steps_{bits.itemsize}", *known, bits.size, bits)
 
 
 # Encodings

@@ -9,6 +9,7 @@ from ..errors import MalformedError, UnsupportedError
 from ..limits import RECIPE_DEPTH
 from ..strictjson import Fields
 from .base import Facts, Operator, Scope, Source, Target, Value
+from .decayed import Decayed
 from .lowrank import Lowrank
 from .patch import Patch
 from .ref import Ref
@@ -17,12 +18,15 @@ from .scaled import Scaled
 from .stored import Stored
 from .sum import Sum
 
-OPERATORS: dict[str, type[Operator]] = {kind.op: kind for kind in (Stored, Ref, Sum, Lowrank, Scaled, Rows, Patch)}
+OPERATORS: dict[str, type[Operator]] = {
+    kind.op: kind for kind in (Stored, Ref, Sum, Lowrank, Scaled, Rows, Decayed, Patch)
+}
 
 _PLAIN = {"op", "array"}
 
 __all__ = [
     "OPERATORS",
+    "Decayed",
     "Facts",
     "Lowrank",
     "Operator",
