@@ -17,6 +17,7 @@ from pathlib import Path
 # Importing a module of cases registers them.
 from vectors import (  # noqa: F401
     invalid_content,
+    invalid_decayed,
     invalid_exact,
     invalid_files,
     invalid_groups,
@@ -27,6 +28,7 @@ from vectors import (  # noqa: F401
     invalid_single_file,
     spoil,
     valid,
+    valid_decayed,
     valid_exact,
     valid_groups,
     valid_layout,

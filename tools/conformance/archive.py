@@ -36,7 +36,7 @@ from conformance.numbers import (
     unsigned,
     widen,
 )
-from conformance.patches import correct, exponents, margins, ungroup, unzigzag
+from conformance.patches import correct, decay, exponents, margins, ungroup, unzigzag
 from conformance.planes import decode_plane, unfilter, unsegment, xxh64
 from conformance.recipes import accumulation, check_recipes
 
@@ -260,6 +260,9 @@ class Archive:
             assert isinstance(parts[0], tuple)
             size = math.prod(shape) * WIDTH[parts[0][0]]
             return parts[0][0], parts[0][1][:size].ljust(size, b"\0")
+        if node["op"] == "decayed":
+            (kind, old), (_, table) = (part for part in parts if isinstance(part, tuple))
+            return kind, decay(kind, unsigned(old, WIDTH[kind]), unsigned(table, WIDTH["U32"]))
         if node["op"] == "lowrank":
             (dtype_a, a), (dtype_b, b) = (part for part in parts if isinstance(part, tuple))
             if dtype_a not in FLOATS:

@@ -156,12 +156,14 @@ OPERATORS = {  # operators/README.md
     "lowrank": "op:text a:object b:object ?scale:number",
     "scaled": "op:text x:object scale:object",
     "rows": "op:text x:object",
+    "decayed": "op:text x:object table:object",
     "patch": "op:text prediction:object residual:object ?groups:object",
 }
 OPERANDS = {  # the keys of an operator that hold nodes; `sum` has a list of them
     "lowrank": ("a", "b"),
     "scaled": ("x", "scale"),
     "rows": ("x",),
+    "decayed": ("x", "table"),
     "patch": ("prediction", "residual"),
 }
 

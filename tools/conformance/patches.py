@@ -1,8 +1,9 @@
-"""`patch` on bit patterns: the order of floats, zigzag, groups (spec/operators/patch.md)."""
+"""What works on bit patterns: `patch` (spec/operators/patch.md): the order of floats, zigzag, groups; `decayed`."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from bisect import bisect_right
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -57,3 +58,21 @@ def ungroup(d: npt.NDArray[Any], key: Keys, bounds: list[int], chunk: int) -> np
         places = sorted(range(begin, end), key=group.__getitem__)  # stable: by flat index within a group
         ordered[places] = d[begin:end]
     return ordered
+
+
+def decay(dtype: str, x: Bits, table: Bits) -> bytes:
+    """The patterns ``x``, each moved by the step of its mantissa (operators/decayed.md)."""
+    exponent_bits, mantissa_bits = FLOATS[dtype]
+    top = 1 << exponent_bits + mantissa_bits
+    row = len(table) // 2
+    bounds, steps = (list(accumulate(part.tolist())) for part in (table[:row], table[row:]))  # of any size
+    value = []
+    for pattern in x.tolist():
+        u = pattern % top
+        exponent, mantissa = divmod(u, 1 << mantissa_bits)
+        reached = bisect_right(bounds, mantissa)
+        if reached and 0 < exponent < (1 << exponent_bits) - 1:
+            value.append(pattern - u + (u - steps[reached - 1] % 2**32) % top)
+        else:
+            value.append(pattern)
+    return np.array(value, x.dtype).tobytes()

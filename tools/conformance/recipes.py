@@ -114,6 +114,13 @@ def kind_of(m: dict[str, Any], owner: str, node: Node) -> Kind:
         fits = len(x.shape) >= 1 and len(target_shape) >= 1 and x.shape[1:] == target_shape[1:]
         need(x.dtype is not None and fits, "operand", f"{here}: {x} for {target_shape}")
         return Kind(x.dtype, target_shape, exact)
+    if op == "decayed":
+        x, table = parts
+        need(x.dtype in ("F32", "F16", "BF16") and x.exact, "operand", f"{here}: {x}")
+        fits = table.dtype == "U32" and len(table.shape) == 2 and table.shape[0] == 2 and table.exact
+        fits = fits and 1 <= table.shape[1] <= 2 ** FLOATS[x.dtype or ""][1]
+        need(fits, "operand", f"{here}: a table of {table} for {x}")
+        return Kind(x.dtype, x.shape, True)
     if op == "patch":
         prediction, residual = parts
         typed = prediction.dtype == target_dtype or (prediction.dtype in WIDE_OR_FLOAT and target_dtype in FLOATS)

@@ -12,8 +12,8 @@ from fractions import Fraction
 from functools import cached_property
 from typing import NamedTuple
 
-from vectors.exact import Real, add, integers, is_nan, multiply, nearest_real, pattern, power, reals
-from vectors.values import WIDTH, Json, Tensor, bits
+from vectors.exact import FIELDS, Real, add, integers, is_nan, multiply, nearest_real, pattern, power, reals
+from vectors.values import WIDTH, Json, Tensor, bits, words
 
 ZERO = Real(False, Fraction(0))
 
@@ -52,7 +52,7 @@ class Recipe:
         def visit(node: Json, factor: bool = False) -> None:
             if node["op"] in ("stored", "ref"):
                 (factors if factor else dtypes).add(self.find(node).dtype)
-            for key in ("a", "b", "x", "scale", "prediction", "residual"):
+            for key in ("a", "b", "x", "scale", "table", "prediction", "residual"):
                 if isinstance(node.get(key), dict):
                     visit(node[key], factor or key in ("a", "b"))
             for term in node.get("terms", []):
@@ -88,6 +88,8 @@ class Recipe:
             x = self.operand(node["x"])
             size = math.prod(self.shape) * WIDTH[x.dtype]
             return Tensor(x.dtype, self.shape, x.data[:size] + bytes(max(0, size - len(x.data))))
+        if node["op"] == "decayed":
+            return decayed(self.operand(node["x"]), self.operand(node["table"]))
         return self.find(node)
 
     def low_rank(self, a: Tensor, b: Tensor, scale: float) -> Wide:
@@ -114,7 +116,7 @@ class Recipe:
 
     def exact(self) -> Tensor:
         """The tensor: the root's value, converted; NaNs without a sign."""
-        if self.node["op"] in ("stored", "ref", "rows"):
+        if self.node["op"] in ("stored", "ref", "rows", "decayed"):
             return self.operand(self.node)
         return converted_root(self.wide().value, self.dtype, self.shape)
 
@@ -126,6 +128,24 @@ class Recipe:
             moved = [moved_by(x, side * allowed * m) for x, m in zip(value, magnitude, strict=True)]
             ends.append(converted_root(moved, self.dtype, self.shape))
         return Bounded(ends[1], ends[0], ends[2])
+
+
+def decayed(x: Tensor, table: Tensor) -> Tensor:
+    """Each element less what the table adds up to as far as its mantissa."""
+    exponent_bits, mantissa_bits = FIELDS[x.dtype]
+    sign, infinity = 1 << exponent_bits + mantissa_bits, (1 << exponent_bits) - 1 << mantissa_bits
+    gaps, changes = words(table)[: table.shape[1]], words(table)[table.shape[1] :]
+    found = []
+    for u in words(x):
+        left, step = u % (1 << mantissa_bits), 0
+        for gap, change in zip(gaps, changes, strict=True):
+            left -= gap
+            if left < 0:
+                break
+            step += change
+        ordinary = 1 << mantissa_bits <= u % sign < infinity
+        found.append(u & sign | (u - step) % sign if ordinary else u)
+    return bits(x.dtype, *found)._replace(shape=x.shape)
 
 
 def finite(x: Real) -> Fraction:
