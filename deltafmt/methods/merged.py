@@ -22,14 +22,14 @@ from .decay import decay_table, have_decayed
 from .magnitudes import have_magnitudes, magnitudes, rough_magnitudes, row_products
 from .matrices import Index, Matrix, Rows, Wide, WideRows, row_blocks, spread
 from .prediction import Computed, Elements, Exact, Prediction, Referred
-from .recovery import PART, IntegerFactors, promising, recover
+from .recovery import PART, IntegerFactors, most_components, promising, recover
 from .rounded_fit import room_to_fit
-from .sketch import Remainder, leaves_noise, remainder
+from .sketch import CLOSE, Remainder, leaves_noise, remainder, side_of_part
 
 _DTYPES = ("BF16", "F16", "F32")
 _SMALLEST = 4096  # elements; what could be saved on fewer is less than what says so
 _MIXED = 1 << 18  # elements are enough to tell a mixture
-_ROWS = 256  # are enough to tell what kind of change it was
+_FEWEST_ROWS = 256  # tell what kind of change it was
 _FEWEST_BITS = 0.4  # a changed weight, below which low rank has little to save
 _REPLACED = 10  # times as much as usual has a row changed, and more than it was, that was replaced: a new token's
 _CONCENTRATED = 0.01  # of a change is left by few components: low rank times magnitudes that follow it (DoRA)
@@ -93,12 +93,12 @@ class _Search:
         if closest.dtype.mantissa_bits <= dtype.mantissa_bits:
             return None
         bits, like_bits = _matrix(self._tensor), _matrix(closest)
-        some = spread(self._shared or len(bits), _ROWS)
+        some, side = spread(self._shared or len(bits), _FEWEST_ROWS), side_of_part(bits.shape)
         numbers = self._numbers(closest, some)
         if numbers is None:
             return None
         short = widen(_rounded(like_bits[some], closest.dtype, dtype), dtype, self._wide)
-        if remainder(short, bits[some], dtype).share >= remainder(numbers[0], bits[some], dtype).share:
+        if remainder(short, bits[some], dtype, side).share >= remainder(numbers[0], bits[some], dtype, side).share:
             return None
         return Elements(dtype, self._tensor.shape, _rounded(like_bits, closest.dtype, dtype).reshape(-1))
 
@@ -114,7 +114,8 @@ class _Search:
         bits = _matrix(self._tensor)
         rows = _differing(bits, _matrix(like)) if like.dtype == dtype else np.arange(len(bits))
         rows = rows if self._shared is None else rows[rows < self._shared]
-        some = rows[spread(len(rows), _ROWS)]
+        side = side_of_part(bits.shape)
+        some = rows[spread(len(rows), max(side, _FEWEST_ROWS))]
         numbers = self._numbers(like, some)
         if numbers is None:
             return
@@ -128,11 +129,13 @@ class _Search:
         grown = have_magnitudes(base, changed)
         low = 8 * self._stored > _FEWEST_BITS * len(rows) * bits.shape[1]
         if low:
-            left = remainder(base, bits[some], dtype)
+            left = remainder(base, bits[some], dtype, side)
+            if not left.is_noise and left.is_little:
+                left = remainder(self._base(like, rows), Rows(bits, rows), dtype, CLOSE)
             grown = grown or bool(not left.is_noise and left.share < _CONCENTRATED)
             numbers_of = None
             if grown:
-                numbers_of, left = _grown(base, changed, bits[some], dtype)
+                numbers_of, left = _grown(base, changed, bits[some], dtype, side)
             low = left.is_noise and self._is_promising(like, rows, numbers_of)
         if not (scaled or low):
             return
@@ -145,7 +148,8 @@ class _Search:
             others = np.count_nonzero(scales == 1) / len(rows)
             low = low and bool(8 * self._stored * others > _FEWEST_BITS * len(rows) * bits.shape[1])
         if low:
-            with room_to_fit((len(rows), bits.shape[1]), self._wide), alone():
+            shape = len(rows), bits.shape[1]
+            with room_to_fit(shape, self._wide, most_components(shape)), alone():
                 found = self._low_rank(like, rows, grown)
             if found is not None:
                 yield found
@@ -246,18 +250,18 @@ def _matrix(tensor: Elements) -> Bits:
     return tensor.bits.reshape(tensor.shape[0], -1)
 
 
-def _grown(base: Wide, changed: Wide, bits: Bits, dtype: Dtype) -> tuple[Magnitudes, Remainder]:
+def _grown(base: Wide, changed: Wide, bits: Bits, dtype: Dtype, side: int) -> tuple[Magnitudes, Remainder]:
     """What tells the magnitudes of these rows well enough to look at them, and what they leave.
 
     Training with weight decay shrinks rows too: the first guess leaves of it what no low rank explains.
     """
     multiples = _multiplied(base, rough_magnitudes(base, changed))
     if multiples is not None:
-        left = remainder(multiples, bits, dtype)
+        left = remainder(multiples, bits, dtype, side)
         if left.is_noise or left.share > _SPREAD:
             return rough_magnitudes, left
     multiples = _multiplied(base, magnitudes(base, changed))
-    return magnitudes, remainder(base if multiples is None else multiples, bits, dtype)
+    return magnitudes, remainder(base if multiples is None else multiples, bits, dtype, side)
 
 
 def _multiplied(base: Wide, numbers: Wide) -> Wide | None:

@@ -20,8 +20,8 @@ from .rounded_fit import fit, fit_stored, svd_start
 from .rounded_update import Fit, Floats, rounded_update
 from .stored_bits import difference_bits, integer_bits, prediction_bits
 
-_MAX_RANK = 128
-PART = 768  # rows and columns are enough to tell whether to look at all
+_MAX_RANK = 256
+PART = 1024  # rows and columns are enough to tell whether to look at all
 _ROUGH_BITS = 5.0  # of an entry of the factors
 _PROMISES = 0.9  # a part must promise to lower the stored bits to this
 _PAYS = 0.97  # factors must lower the stored bits to this: a rebuild with them takes longer
@@ -73,12 +73,12 @@ def recover(base: Matrix, target: Matrix, dtype: Dtype) -> IntegerFactors | None
     wide = np.dtype(np.float64 if dtype.name == "F32" else np.float32)
     if len(target.shape) != 2 or base.shape != target.shape or dtype.name not in ("BF16", "F16", "F32"):
         raise ValueError(f"expected two matrices of one shape, BF16, F16 or F32, got {base.shape} {target.shape}")
-    most = _most(target.shape)
+    most = most_components(target.shape)
     found = fit_stored(base, target, dtype, wide, most) if most else None
     return None if found is None else _integers(*found, wide, _Sample(base, target, dtype))
 
 
-def _most(shape: tuple[int, ...]) -> int:
+def most_components(shape: tuple[int, ...]) -> int:
     """The largest rank worth a thought."""
     return min(_MAX_RANK, -(-min(shape) // 3))
 
@@ -93,7 +93,7 @@ def promising(base: Floats, target: Bits, dtype: Dtype, shape: tuple[int, int]) 
         base: [rows, columns] finite values of evenly spread rows and columns, as for `recover`.
         target: bit patterns of ``dtype`` of the same part, all finite.
     """
-    if (most := min(_most(shape), _most(target.shape))) == 0:
+    if (most := min(most_components(shape), most_components(target.shape))) == 0:
         return False
     update = rounded_update(base, target, dtype)
     start = svd_start(update, most) if update.middle.any() else None

@@ -12,6 +12,7 @@ gives 1 / sqrt(n). Alternating maximisation in the two factors is weighted low-r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,12 +26,16 @@ from .rounded_update import Change, Fit, Floats, RoundedUpdate, Update, blocks_o
 from .svd import Float32, Float64, truncated_svd
 
 _SYSTEMS = 256  # that are solved at a time
+_DIRECT = 32  # the largest rank of systems that are made and solved; larger ones are only multiplied with
+_CONJUGATE, _SOLVED = 12, 0.03  # steps towards their solution at most, and the error at which they end
 _CACHED = 1 << 14  # elements of which several arrays fit into the cache of a processor
 _EXTENDING = 0.5  # s of the step that follows least squares, in half ulps
 _PART = 1 << 22  # elements of float32 that are fitted at once; a larger matrix is extended from a part
-_PART_ROWS = 512  # of it at least: some times the largest rank
+_PART_ROWS = 512  # of it at least
+_ROWS_OF_RANK = 4  # rows of it for each component at least, if there are as many
 _ROOM = Room(3 << 22)  # for elements of float32 that are fitted side by side; each takes some 20 bytes of memory
 _PASSES = 8
+_TINY = np.float32(np.finfo(np.float32).tiny)
 _WORTHWHILE = 0.8  # a pass that leaves more than this of the error is the last
 _CAUTION = 1.3  # s beside the estimated error: Newton's steps overshoot where s is too small
 _SOFT = 0.1  # s of the first step at least, in half ulps
@@ -50,6 +55,10 @@ def fit_stored(base: Matrix, target: Matrix, dtype: Dtype, wide: np.dtype[Any], 
     rows = spread(change.shape[0], _part_rows(change.shape, wide))
     part = change.update(rows)
     start = svd_start(part, most) if part.middle.any() else None
+    if start is not None and len(rows) < min(_ROWS_OF_RANK * start.rank, change.shape[0]):
+        rows = spread(change.shape[0], _ROWS_OF_RANK * start.rank)
+        part = change.update(rows)
+        start = svd_start(part, most)
     if start is None or start.rank == 0:
         return None
     found = fit(part, start, most)
@@ -58,9 +67,9 @@ def fit_stored(base: Matrix, target: Matrix, dtype: Dtype, wide: np.dtype[Any], 
     return Fit(found.a, found.b) if turned else found, change.exponent
 
 
-def room_to_fit(shape: tuple[int, int], wide: np.dtype[Any]) -> AbstractContextManager[None]:
+def room_to_fit(shape: tuple[int, int], wide: np.dtype[Any], most: int) -> AbstractContextManager[None]:
     """Wait until `fit_stored` has memory for a matrix beside those that other threads fit, and keep it until left."""
-    rows = _part_rows((max(shape), min(shape)), wide)
+    rows = max(_part_rows((max(shape), min(shape)), wide), _ROWS_OF_RANK * most)
     return _ROOM.taken(min(rows * min(shape), math.prod(shape)) * wide.itemsize // 4)
 
 
@@ -148,22 +157,33 @@ class _RowStep:
     def __init__(self, current: Fit, s: float) -> None:
         self._a = current.a
         self.right = current.a.astype(np.float32)
-        self._pairs = _pairs(self.right)
+        self._pairs = _pairs(self.right) if current.rank <= _DIRECT else None
         self.scale = np.float32(0.5 / s)
         self._prior = _prior(current.b, s)
 
-    def of(self, middle: Floats, half: Float32, b: Floats) -> tuple[Float64, Float32, Float32]:
+    def of(self, middle: Floats, half: Float32, b: Floats) -> tuple[Floats, Float32, Float32]:
         """How ``b`` [r, rows] moves, and slope and curvature of before in units of `scale`, valid until the next."""
         gradient, curvature = _derivatives(middle - b.T @ self._a, half, self.scale)
         pull = gradient @ self.right.T - b.T * (self._prior * self.scale)
-        return _solved(curvature @ self._pairs, pull, self._prior).T / self.scale, gradient, curvature
+        if self._pairs is not None:
+            return _solved(curvature @ self._pairs, pull, self._prior).T / self.scale, gradient, curvature
+
+        def multiplied(x: Float32) -> Float32:
+            return np.asarray(((x @ self.right) * curvature) @ self.right.T)
+
+        move = _approached(multiplied, curvature @ np.square(self.right).T, pull, self._prior)
+        return move.T / self.scale, gradient, curvature
 
 
 def _newton(update: Update, current: Fit, s: float) -> tuple[Floats, Floats]:
-    """One Newton step for ``b`` with ``a`` held, then one for ``a`` with the new ``b``, in one pass over the rows."""
+    """One Newton step for ``b`` with ``a`` held, then one for ``a`` with the new ``b``, in one pass over the rows.
+
+    Of systems that are too large to be made it takes one more for each step towards their solution.
+    """
     b, a = current.b.copy(), current.a
     step = _RowStep(current, s)
-    normal = np.zeros((a.shape[1], current.rank * (current.rank + 1) // 2), np.float32)
+    direct = current.rank <= _DIRECT
+    sums = np.zeros((a.shape[1], current.rank * (current.rank + 1) // 2 if direct else current.rank), np.float32)
     slope = np.zeros((a.shape[1], current.rank), np.float32)
     prior = _prior(a, s)
     for rows, middle, half in update.blocks():
@@ -173,10 +193,21 @@ def _newton(update: Update, current: Fit, s: float) -> tuple[Floats, Floats]:
         change *= curvature
         gradient -= change
         left = b[:, rows].astype(np.float32)
-        normal += curvature.T @ _pairs(left)
+        sums += curvature.T @ (_pairs(left) if direct else np.square(left).T)
         slope += gradient.T @ left.T
     pull = slope - a.T * (prior * step.scale)
-    return b, a + (_solved(normal, pull, prior).T / step.scale).astype(a.dtype)
+
+    def multiplied(x: Float32) -> Float32:
+        product = np.zeros_like(x)
+        for rows, middle, half in update.blocks():
+            _, curvature = _derivatives(middle - current.b[:, rows].T @ a, half, step.scale)
+            left = b[:, rows].astype(np.float32)
+            curvature *= left.T @ x.T
+            product += curvature.T @ left.T
+        return product
+
+    move_of_a = _solved(sums, pull, prior) if direct else _approached(multiplied, sums, pull, prior)
+    return b, a + (move_of_a.T / step.scale).astype(a.dtype)
 
 
 def _prior(factor: Floats, s: float) -> Float64:
@@ -225,6 +256,35 @@ def _solved(normal: Float32, right: Floats, ridge: Float64) -> Float64:
         systems[:, diagonal, diagonal] += 1e-6
         solutions[rows] = np.linalg.solve(systems, (right[rows] * unit)[..., None])[..., 0] * unit
     return solutions
+
+
+def _approached(multiplied: Callable[[Float32], Float32], diagonal: Float32, right: Floats, ridge: Float64) -> Float32:
+    """About the solutions [n, r] of n symmetric systems, given as what multiplies [n, r] with them and their diagonals.
+
+    Conjugate gradients (Hestenes, Stiefel 1952), side by side, with the diagonals as preconditioner: the components are
+    nearly orthogonal, so few steps do.
+    """
+    narrow = ridge.astype(np.float32)
+    inverse = np.float32(1) / (diagonal + narrow)
+    residual = right.astype(np.float32)
+    solution = np.zeros_like(residual)
+    direction = inverse * residual
+    energy = first = _inner(residual, direction)
+    for _ in range(_CONJUGATE):
+        image = multiplied(direction) + narrow * direction
+        step = energy / np.maximum(_inner(direction, image), _TINY)
+        solution += step * direction
+        residual -= step * image
+        conditioned = inverse * residual
+        last, energy = energy, _inner(residual, conditioned)
+        if energy.sum() <= _SOLVED**2 * first.sum():
+            break
+        direction = conditioned + energy / np.maximum(last, _TINY) * direction
+    return solution
+
+
+def _inner(left: Floats, right: Floats) -> Floats:
+    return np.asarray(np.einsum("nr,nr->n", left, right)[:, None])
 
 
 def _orthogonal(b: Floats, a: Floats) -> Fit:

@@ -11,8 +11,12 @@ from ..dtypes import Dtype, widen
 from ..gemm import alone
 from .matrices import Matrix, spread
 
-_SIDE, _LARGE_SIDE = 192, 256  # of the part looked at, in a matrix of fewer elements and of more than
-_LARGE = 1 << 20
+_SIDES = {1 << 20: 192, 1 << 22: 256, 1 << 24: 384}  # of the part looked at, in a matrix of fewer elements than
+_LARGE_SIDE = 512  # and in a larger one
+CLOSE = 640
+"""The side of a part that tells of as many components as are looked for; it takes some hundredths of a second."""
+
+_LITTLE = 0.03  # of the energy: a difference of full rank leaves more
 _COMPONENTS = 2  # one in so many components of the part may be signal; the others must be noise
 _TOLERANCE = 2.4  # times as much noise as rounding makes there may be: what was rounded twice has twice as much
 _PRODUCT = 2.0**-46  # the squared relative error of a sum of products in float32
@@ -26,13 +30,24 @@ class Remainder(NamedTuple):
     share: float
     """Of the energy of the difference; 1 where it is not known: of what is not finite, or no larger than noise."""
 
+    @property
+    def is_little(self) -> bool:
+        """Whether it is so little that more components than were taken away may leave no more than noise."""
+        return self.share < _LITTLE
+
 
 def leaves_noise(base: Matrix, bits: Matrix, dtype: Dtype) -> bool:
     """Whether few components of the difference leave no more than rounding does; see `remainder`."""
-    return remainder(base, bits, dtype).is_noise
+    left = remainder(base, bits, dtype, side_of_part(bits.shape))
+    return left.is_noise or (left.is_little and remainder(base, bits, dtype, CLOSE).is_noise)
 
 
-def remainder(base: Matrix, bits: Matrix, dtype: Dtype) -> Remainder:
+def side_of_part(shape: tuple[int, ...]) -> int:
+    """How many rows and columns of a matrix are looked at, unless there are fewer."""
+    return next((side for elements, side in _SIDES.items() if math.prod(shape) < elements), _LARGE_SIDE)
+
+
+def remainder(base: Matrix, bits: Matrix, dtype: Dtype, side: int) -> Remainder:
     """What few components of the difference leave, judged by a part of it.
 
     The squared singular values of rounding noise add up to its energy; with the larger half of the components taken
@@ -42,8 +57,8 @@ def remainder(base: Matrix, bits: Matrix, dtype: Dtype) -> Remainder:
     Args:
         base: `[rows, columns]`; if not finite, it does not.
         bits: `[rows, columns]`, finite numbers of `dtype`.
+        side: so many rows and columns are looked at; of a merge whose rank is below half of that it tells.
     """
-    side = _SIDE if math.prod(bits.shape) < _LARGE else _LARGE_SIDE
     part = np.ix_(*(spread(length, side) for length in bits.shape))
     stored = widen(bits[part], dtype, np.dtype("f8"))
     difference = stored - base[part]
