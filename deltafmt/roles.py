@@ -30,12 +30,10 @@ def _mark(node: Operator, role: str, roles: dict[str, str]) -> None:
     elif isinstance(node, Patch):
         _mark(node.prediction, role, roles)
         _mark(node.residual, "residual", roles)
-    elif isinstance(node, Scaled):
-        _mark(node.x, role, roles)
-        _mark(node.scale, "factors", roles)
-    elif isinstance(node, Decayed):
-        _mark(node.x, role, roles)
-        _mark(node.table, "factors", roles)
+    elif isinstance(node, Scaled | Decayed):
+        x, numbers = node.operands()
+        _mark(x, role, roles)
+        _mark(numbers, "factors", roles)
     else:
         for operand in node.operands():
             _mark(operand, "factors" if isinstance(node, Lowrank) else role, roles)

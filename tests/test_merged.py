@@ -198,7 +198,7 @@ def test_added_tokens_cost_what_they_are(tmp_path: Path, bases: dict[str, list[P
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
-def test_rows_that_decay_beside_added_tokens_cost_a_number_each(
+def test_rows_that_decay_beside_added_tokens_cost_next_to_nothing(
     tmp_path: Path, bases: dict[str, list[Path]], dtype: str
 ) -> None:
     """A token is added, then all is trained with weight decay: rows that no text uses only shrink."""

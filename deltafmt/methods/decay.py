@@ -2,7 +2,8 @@
 
 Each step of AdamW (Loshchilov and Hutter 2019, algorithm 2) multiplies a weight by `1 - lr * decay` and rounds. In
 float32 that factor is a few last places below 1, and rounding makes whole ones of them: a weight loses, say, 2 a step
-if its mantissa is below 1.5 and 3 above. What that adds up to is read off the weights.
+if its mantissa is below 1.5 and 3 above. What that adds up to is read off the weights. Of a base in 16 bits that was
+trained in float32 this is not looked for.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ..dtypes import DTYPES, Bits
-from ..operators.decayed import Table
+from ..dtypes import DTYPES, SILENT, Bits
+from ..operators.decayed import MOST_STEPS, Table
 from .magnitudes import row_products
 from .matrices import Index, Matrix, WideRows, spread
 
@@ -20,12 +21,12 @@ _SIGN, _EXPONENT, _MANTISSA = 1 << 31, 0x7F800000, 0x007FFFFF
 _EXPLAINED = 0.8  # of how a row changed a multiple of it explains, if it only decayed
 _ENOUGH = 1 / 16  # of the rows
 _PART = 1 << 22  # elements tell where the steps change
-_CROWDED = 16  # elements there are for each step, or it is not the mantissa that tells
+_ELEMENTS_TO_A_STEP = 16  # at least, or it is not the mantissa that tells
 
 Words = npt.NDArray[np.uint32]
 
 
-def have_decayed(base: Matrix, changed: Matrix) -> bool:
+def may_have_decayed(base: Matrix, changed: Matrix) -> bool:
     """Whether enough of these rows are about multiples of what they were."""
     return bool(np.count_nonzero(_are_multiples(base, changed)) > _ENOUGH * base.shape[0])
 
@@ -35,7 +36,7 @@ def decay_table(base: Bits, bits: Bits, rows: Index) -> Table | None:
 
     Args:
         base, bits: `[all rows, columns]`, float32 as bit patterns.
-        rows: which of them changed; all finite there.
+        rows: which of them changed.
     """
     some = rows[spread(len(rows), _PART // base.shape[1] + 1)]
     before, after = WideRows(base, some, _F32, _WIDE), WideRows(bits, some, _F32, _WIDE)
@@ -46,13 +47,16 @@ def decay_table(base: Bits, bits: Bits, rows: Index) -> Table | None:
 
 
 def _are_multiples(base: Matrix, changed: Matrix) -> npt.NDArray[np.bool_]:
-    own, shared, change = row_products(base, changed)
-    explained: npt.NDArray[np.bool_] = (change > 0) & (shared**2 > _EXPLAINED * own * change)
+    with np.errstate(**SILENT):  # of what is not finite nothing is explained
+        own, shared, change = row_products(base, changed)
+        explained: npt.NDArray[np.bool_] = (shared > -own) & (shared**2 > _EXPLAINED * own * change)
     return explained
 
 
 def _stairs(mantissas: Words, steps: Words) -> Table | None:
     """Steps by mantissa, `[m]` both, as a table; steps that no neighbour has are chance."""
+    if not len(steps):
+        return None
     ordered = np.sort(mantissas.astype(np.uint64) << 32 | steps)
     mantissas, steps = (ordered >> 32).astype(np.uint32), ordered.astype(np.uint32)
     alike = steps[1:] == steps[:-1]
@@ -60,13 +64,13 @@ def _stairs(mantissas: Words, steps: Words) -> Table | None:
     mantissas, steps = mantissas[kept], steps[kept]
     begins = _begins(steps)
     lengths, values = np.diff(begins, append=len(steps)), steps[begins]
-    longer = lengths[1:-1] >= np.minimum(lengths[:-2], lengths[2:])
-    begins = np.delete(begins, 1 + np.flatnonzero(~longer & (values[:-2] == values[2:])))  # short, between two alike
+    shorter = lengths[1:-1] < np.minimum(lengths[:-2], lengths[2:])
+    begins = np.delete(begins, 1 + np.flatnonzero(shorter & (values[:-2] == values[2:])))  # between two alike: chance
     begins = begins[_begins(steps[begins])]
-    if not 0 < _CROWDED * len(begins) <= len(steps):
+    if not 0 < len(begins) <= min(len(steps) // _ELEMENTS_TO_A_STEP, MOST_STEPS):
         return None
     bounds = mantissas[begins]
-    bounds[0] = 0
+    bounds[0] = 0  # mantissas below the first one seen move like it
     return np.stack([np.diff(each, prepend=np.uint32(0)) for each in (bounds, steps[begins])])
 
 

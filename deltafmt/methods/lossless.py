@@ -140,7 +140,7 @@ def patches(tensor: Elements, prediction: Prediction) -> Iterator[Coding]:
     dtype = DTYPES[f"U{8 * tensor.dtype.width}"]
     encoding = residuals(dtype, tensor.shape)
     groups = prediction.groups(tensor.bits, tensor.dtype, encoding.chunk)
-    if groups is None or prediction.in_runs or tensor.bits.size < _SMALL:
+    if groups is None or tensor.bits.size < _SMALL:
         yield Coding(tensor.dtype, compressed(dtype, tensor.shape), tensor.bits, prediction)
     if groups is not None:
         yield Coding(tensor.dtype, encoding, tensor.bits, prediction, groups)
@@ -171,10 +171,12 @@ def choose(name: str, tensor: Elements, bases: Sequence[Referred] = ()) -> Codin
     best = smallest(plain)
     patched = sorted((coding for coding in plain if coding.prediction is not None), key=Coding.estimate)
     closest = dict.fromkeys(coding.prediction for coding in patched)
-    alike = [base for base in closest if isinstance(base, Referred)]
+    referred = [base for base in closest if isinstance(base, Referred)]
     if best.estimate() <= _least_bytes(tensor):
         return best
-    better = (coding for found in computed(name, tensor, alike, best.estimate()) for coding in patches(tensor, found))
+    better = (
+        coding for found in computed(name, tensor, referred, best.estimate()) for coding in patches(tensor, found)
+    )
     return min([best, *better], key=Coding.estimate)
 
 

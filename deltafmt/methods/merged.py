@@ -15,16 +15,16 @@ import numpy.typing as npt
 from ..dtypes import DTYPES, Bits, Dtype, Shape, widen
 from ..gemm import alone
 from ..limits import SUM_TERMS
-from ..operators import Decayed, Lowrank, Operator, Patch, Ref, Scaled, Sum, Target
+from ..operators import Decayed, Lowrank, Operator, Patch, Scaled, Sum, Target
 from ..operators.patch import cast
 from .affine import are_rows_scaled, mixture, row_scales
-from .decay import decay_table, have_decayed
+from .decay import decay_table, may_have_decayed
 from .magnitudes import have_magnitudes, magnitudes, rough_magnitudes, row_products
 from .matrices import Index, Matrix, Rows, Wide, WideRows, row_blocks, spread
-from .prediction import Computed, Elements, Exact, Prediction, Referred
+from .prediction import Computed, Elements, Prediction, Referred
 from .recovery import PART, IntegerFactors, most_components, promising, recover
 from .rounded_fit import room_to_fit
-from .sketch import CLOSE, Remainder, leaves_noise, remainder, side_of_part
+from .sketch import Remainder, leaves_noise, looked_at_closely, remainder, side_of_part
 
 _DTYPES = ("BF16", "F16", "F32")
 _SMALLEST = 4096  # elements; what could be saved on fewer is less than what says so
@@ -33,7 +33,8 @@ _FEWEST_ROWS = 256  # tell what kind of change it was
 _FEWEST_BITS = 0.4  # a changed weight, below which low rank has little to save
 _REPLACED = 10  # times as much as usual has a row changed, and more than it was, that was replaced: a new token's
 _CONCENTRATED = 0.01  # of a change is left by few components: low rank times magnitudes that follow it (DoRA)
-_SPREAD = 0.02  # of a change, and more, is left by few components and roughly known magnitudes: not low rank
+_SPREAD = 0.02  # of a change: if rough magnitudes and few components leave more, better ones will not make it low rank
+_MOST = 0.8  # of the elements that changed are right: the others were trained
 _HUGE = 2.0**40  # weights beyond: squares and sums of them might leave float32, and nothing comes of it
 
 
@@ -93,7 +94,8 @@ class _Search:
         if closest.dtype.mantissa_bits <= dtype.mantissa_bits:
             return None
         bits, like_bits = _matrix(self._tensor), _matrix(closest)
-        some, side = spread(self._shared or len(bits), _FEWEST_ROWS), side_of_part(bits.shape)
+        some = spread(len(bits) if self._shared is None else self._shared, _FEWEST_ROWS)
+        side = side_of_part(bits.shape)
         numbers = self._numbers(closest, some)
         if numbers is None:
             return None
@@ -120,18 +122,18 @@ class _Search:
         if numbers is None:
             return
         base, changed = numbers
-        if dtype == like.dtype and dtype.name == "F32" and have_decayed(base, changed):
+        scaled = are_rows_scaled(base, bits[some], dtype)
+        if dtype == like.dtype and dtype.name == "F32" and may_have_decayed(base, changed):
             decayed = self._decayed(rows)
             if decayed is not None:
                 yield decayed
-                return
-        scaled = are_rows_scaled(base, bits[some], dtype)
+                if not scaled and self._are_most_right(decayed, some):
+                    return
         grown = have_magnitudes(base, changed)
         low = 8 * self._stored > _FEWEST_BITS * len(rows) * bits.shape[1]
         if low:
             left = remainder(base, bits[some], dtype, side)
-            if not left.is_noise and left.is_little:
-                left = remainder(self._base(like, rows), Rows(bits, rows), dtype, CLOSE)
+            left = looked_at_closely(left, self._base(like, rows), Rows(bits, rows), dtype)
             grown = grown or bool(not left.is_noise and left.share < _CONCENTRATED)
             numbers_of = None
             if grown:
@@ -160,7 +162,17 @@ class _Search:
         if table is None:
             return None
         arrays = {"table": Elements(DTYPES["U32"], table.shape, table.reshape(-1))}
-        return Exact(self._target(), self._referred(), arrays, lambda nodes: Decayed(self._node, nodes["table"]))
+        return self._computed(arrays, lambda nodes: Decayed(self._node, nodes["table"]), self._wide)
+
+    def _are_most_right(self, prediction: Prediction, rows: Index) -> bool:
+        """Whether a prediction leaves little to find in these rows."""
+        dtype, bits = self._tensor.dtype, _matrix(self._tensor)
+        row = bits.shape[1]
+        right = [
+            np.count_nonzero(prediction.predicted(place * row, (place + 1) * row, dtype, None)[0] == bits[place])
+            for place in rows.tolist()
+        ]
+        return bool(sum(right) > _MOST * len(rows) * row)
 
     def _is_promising(self, like: Elements, rows: Index, numbers_of: Magnitudes | None) -> bool:
         """Whether low rank explains how some of these rows, or multiples of them, changed in some columns."""
@@ -235,14 +247,16 @@ class _Search:
         dtype = DTYPES["F64" if self._wide.itemsize == 8 else "F32"]
         return Elements(dtype, shape, np.asarray(values, dtype.values).reshape(-1).view(dtype.bits))
 
-    def _computed(self, arrays: Mapping[str, Elements], recipe: Any, accumulator: np.dtype[Any]) -> Prediction:
-        return Computed(self._target(accumulator), self._referred(), arrays, recipe)
-
-    def _target(self, accumulator: np.dtype[Any] | None = None) -> Target:
-        return Target(self._name, self._tensor.dtype, self._tensor.shape, accumulator or self._wide)
-
-    def _referred(self) -> Mapping[Ref, Elements]:
-        return {base.ref: Elements(base.dtype, self._tensor.shape, base.bits) for base in self._bases}
+    def _computed(
+        self,
+        arrays: Mapping[str, Elements],
+        recipe: Callable[[Mapping[str, Operator]], Operator],
+        accumulator: np.dtype[Any],
+    ) -> Prediction:
+        target = Target(self._name, self._tensor.dtype, self._tensor.shape, accumulator)
+        # Padded already to the tensor's rows, of which `rows` is the same.
+        tensors = {base.ref: Elements(base.dtype, self._tensor.shape, base.bits) for base in self._bases}
+        return Computed(target, tensors, arrays, recipe)
 
 
 def _matrix(tensor: Elements) -> Bits:
@@ -253,7 +267,8 @@ def _matrix(tensor: Elements) -> Bits:
 def _grown(base: Wide, changed: Wide, bits: Bits, dtype: Dtype, side: int) -> tuple[Magnitudes, Remainder]:
     """What tells the magnitudes of these rows well enough to look at them, and what they leave.
 
-    Training with weight decay shrinks rows too: the first guess leaves of it what no low rank explains.
+    `magnitudes` takes several passes. Where all weights were trained, with weight decay, rough ones leave too much
+    already, and it is not called.
     """
     multiples = _multiplied(base, rough_magnitudes(base, changed))
     if multiples is not None:

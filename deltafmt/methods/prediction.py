@@ -25,6 +25,7 @@ from .grouping import exponent_bounds, kinds_by_exponent, margin_bounds
 
 _ENTRY_BYTES = 450  # what an array takes in manifest and shard header
 _SAMPLE = 1 << 15  # elements that the bounds of groups are chosen by
+_PLACES = 64  # in a tensor that a sample is taken from
 _FEWEST = 4096  # elements in a chunk; fewer are not worth groups
 
 
@@ -38,9 +39,6 @@ class Elements(NamedTuple):
 
 class Prediction(ABC):
     """Something close to a tensor, known to a reader before it reads the residual."""
-
-    in_runs = False
-    """Whether what it misses may lie together, so that residuals in the order of the elements are the smaller ones."""
 
     @property
     def own_bytes(self) -> int:
@@ -72,7 +70,7 @@ class Referred(Prediction):
 
     Attributes:
         bits: in the shape of what is predicted.
-        rows: how many of the rows are the base's where it has more or fewer of them; the others are zeros.
+        rows: how many of the first rows are the base's, where their numbers differ; zeros follow. None: all.
     """
 
     ref: Ref
@@ -109,13 +107,13 @@ def _by_exponent(predicted: Bits, bits: Bits, dtype: Dtype, step: int, count: in
 
 
 class Computed(Prediction):
-    """A wide recipe over base tensors and arrays of its own, evaluated by the operators that a reader evaluates.
+    """A recipe over base tensors and arrays of its own, evaluated by the operators that a reader evaluates.
 
     Args:
         target: the tensor that is predicted.
         tensors: the base tensors that the recipe refers to.
         arrays: the arrays that it needs, by role: what their names add to the tensor's.
-        recipe: makes the recipe, given the node of each role.
+        recipe: makes the recipe, given the node of each role: one that is wide, or has the tensor's dtype.
     """
 
     def __init__(
@@ -142,6 +140,9 @@ class Computed(Prediction):
 
     def predicted(self, lo: int, hi: int, dtype: Dtype, groups: Groups | None) -> tuple[Bits, Grouping | None]:
         bits = scratch("predicted", dtype.bits, hi - lo)
+        if self._value.facts.dtype is not None:
+            self._value.bits(lo, hi, bits)
+            return bits, None if groups is None else groups.of_exponents(bits, dtype)
         if groups is None:
             self._value.rounded(lo, hi, self._target.accumulator, dtype, bits)
             return bits, None
@@ -158,7 +159,9 @@ class Computed(Prediction):
             yield values
 
     def groups(self, bits: Bits, dtype: Dtype, chunk: int) -> Groups | None:
-        """By margin: as many as pay, by the misses in a sample."""
+        """By margin, as many as pay, by the misses in a sample; by exponent if it is rounded already."""
+        if self._value.facts.dtype is not None:
+            return self._by_exponent(bits, dtype, min(chunk, bits.size))
         size = min(_SAMPLE // self._target.row * self._target.row or self._target.row, bits.size)
         begin = (bits.size - size) // 2 // self._target.row * self._target.row
         with self._wide(begin, begin + size) as values:
@@ -166,6 +169,15 @@ class Computed(Prediction):
             keys, _ = margins(values, dtype)
             bounds = margin_bounds(keys, predicted != bits[begin : begin + size], min(chunk, bits.size))
         return Groups("margin", bounds) if bounds else None
+
+    def _by_exponent(self, bits: Bits, dtype: Dtype, count: int) -> Groups | None:
+        """By a sample from many places: what it misses may lie together."""
+        size = max(_SAMPLE // _PLACES, 1)
+        begins = range(0, bits.size, max(bits.size // _PLACES, size))
+        parts = [(begin, min(begin + size, bits.size)) for begin in begins]
+        predicted = [self.predicted(lo, hi, dtype, None)[0].copy() for lo, hi in parts]
+        known = [bits[lo:hi] for lo, hi in parts]
+        return _by_exponent(np.concatenate(predicted), np.concatenate(known), dtype, 1, count)
 
     def write(self, name: str, writer: ArchiveWriter) -> Operator:
         nodes: dict[str, Operator] = {}
@@ -176,24 +188,6 @@ class Computed(Prediction):
             )
             nodes[role] = Stored(stored)
         return self._recipe(nodes)
-
-
-class Exact(Computed):
-    """The same of a recipe that has the tensor's dtype."""
-
-    in_runs = True
-
-    def predicted(self, lo: int, hi: int, dtype: Dtype, groups: Groups | None) -> tuple[Bits, Grouping | None]:
-        bits = scratch("predicted", dtype.bits, hi - lo)
-        self._value.bits(lo, hi, bits)
-        return bits, None if groups is None else groups.of_exponents(bits, dtype)
-
-    def groups(self, bits: Bits, dtype: Dtype, chunk: int) -> Groups | None:
-        """By exponent, as those of a base."""
-        size = min(_SAMPLE, bits.size)
-        begin = (bits.size - size) // 2
-        predicted, _ = self.predicted(begin, begin + size, dtype, None)
-        return _by_exponent(predicted, bits[begin : begin + size], dtype, 1, min(chunk, bits.size))
 
 
 def _encoding(array: Elements) -> Encoding:

@@ -42,6 +42,10 @@ _SOFT = 0.1  # s of the first step at least, in half ulps
 _EDGE = 1.05  # how far above the largest singular value expected of noise a component must be
 _DROP = 1.15  # from one singular value to the next: more than noise has
 _FIRST_RANK = 24  # components looked for at first; if these are not enough, all there may be
+_NARROW = 4  # components are of few rows if they are spread over this part of them
+_ENTRY_BITS = 5  # of an entry of the factors, about
+_ROUNDING_BITS = 2  # of an element are saved at most beside what its size tells, where it is predicted well
+_LEAST_NOISE = 1e-9  # of the energy: zero is none
 _GROWTH = 16  # components added at a time
 
 
@@ -95,7 +99,28 @@ def svd_start(update: RoundedUpdate, most: int) -> Fit:
     else:  # an update below the ulps leaves no even noise; its components end with a drop all the same
         drops = factors.singular_values[:-1] > _DROP * factors.singular_values[1:]
         count = int(np.flatnonzero(drops)[-1]) + 1 if drops.any() else count
+    count = _worthwhile(factors.b[:count], factors.a[:count], total)
     return Fit(factors.b[:count].astype(update.middle.dtype), factors.a[:count].astype(update.middle.dtype))
+
+
+def _worthwhile(b: Float32, a: Float32, total: float) -> int:
+    """How many of the components do not only make what is left of few rows, or few columns, that changed by themselves.
+
+    Each such row takes a component, and that takes more bits than the row does as a residual.
+    """
+    sizes = np.square(b, dtype=np.float64).sum(axis=1), np.square(a, dtype=np.float64).sum(axis=1)
+    kept, shape = len(b), (b.shape[1], a.shape[1])
+    noise = max(total - float(sizes[0] @ sizes[1]), _LEAST_NOISE * total) / math.prod(shape)
+    for factor, other, length in ((b, sizes[1], shape[1]), (a, sizes[0], shape[0])):
+        energies = np.cumsum((np.square(factor, dtype=np.float64) * other[:, None])[::-1], axis=0)[::-1]
+        of_rest = energies.sum(axis=1)
+        spread_over = of_rest**2 / np.maximum(np.square(energies).sum(axis=1), 1e-300)
+        gains = spread_over * length * (np.log2(1 + of_rest / (spread_over * length * noise)) / 2 + _ROUNDING_BITS)
+        costs = _ENTRY_BITS * np.arange(len(b), 0, -1) * sum(shape)
+        narrow = (spread_over < factor.shape[1] / _NARROW) & (gains < costs)
+        if narrow.any():
+            kept = min(kept, int(np.flatnonzero(narrow)[0]))
+    return kept
 
 
 def fit(update: RoundedUpdate, start: Fit, most: int, passes: int = _PASSES) -> Fit:
@@ -178,7 +203,7 @@ class _RowStep:
 def _newton(update: Update, current: Fit, s: float) -> tuple[Floats, Floats]:
     """One Newton step for ``b`` with ``a`` held, then one for ``a`` with the new ``b``, in one pass over the rows.
 
-    Of systems that are too large to be made it takes one more for each step towards their solution.
+    Of systems that are too large to be made it takes one more pass for each step towards their solution.
     """
     b, a = current.b.copy(), current.a
     step = _RowStep(current, s)

@@ -7,16 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..dtypes import Dtype, widen
+from ..dtypes import SILENT, Dtype, widen
 from ..gemm import alone
 from .matrices import Matrix, spread
 
-_SIDES = {1 << 20: 192, 1 << 22: 256, 1 << 24: 384}  # of the part looked at, in a matrix of fewer elements than
-_LARGE_SIDE = 512  # and in a larger one
-CLOSE = 640
-"""The side of a part that tells of as many components as are looked for; it takes some hundredths of a second."""
-
-_LITTLE = 0.03  # of the energy: a difference of full rank leaves more
+_SIDES = {1 << 20: 192, 1 << 22: 256, 1 << 24: 384}  # of the part looked at: of matrices with fewer elements than that
+_LARGE_SIDE = 512  # and of larger ones
+_CLOSE_SIDE = 640  # more than twice the largest rank that is looked for (`recovery`)
+_WORTH_A_LOOK = 3  # sides: in a smaller matrix no rank that pays is much larger than half of one
+_LITTLE = 0.02  # of the energy: a difference of full rank leaves more
 _COMPONENTS = 2  # one in so many components of the part may be signal; the others must be noise
 _TOLERANCE = 2.4  # times as much noise as rounding makes there may be: what was rounded twice has twice as much
 _PRODUCT = 2.0**-46  # the squared relative error of a sum of products in float32
@@ -30,16 +29,18 @@ class Remainder(NamedTuple):
     share: float
     """Of the energy of the difference; 1 where it is not known: of what is not finite, or no larger than noise."""
 
-    @property
-    def is_little(self) -> bool:
-        """Whether it is so little that more components than were taken away may leave no more than noise."""
-        return self.share < _LITTLE
-
 
 def leaves_noise(base: Matrix, bits: Matrix, dtype: Dtype) -> bool:
     """Whether few components of the difference leave no more than rounding does; see `remainder`."""
-    left = remainder(base, bits, dtype, side_of_part(bits.shape))
-    return left.is_noise or (left.is_little and remainder(base, bits, dtype, CLOSE).is_noise)
+    return looked_at_closely(remainder(base, bits, dtype, side_of_part(bits.shape)), base, bits, dtype).is_noise
+
+
+def looked_at_closely(left: Remainder, base: Matrix, bits: Matrix, dtype: Dtype) -> Remainder:
+    """The same by a larger part, if that finds noise: of a rank above half of the side, little is left, yet more."""
+    if left.is_noise or left.share >= _LITTLE or min(bits.shape) <= _WORTH_A_LOOK * side_of_part(bits.shape):
+        return left
+    closer = remainder(base, bits, dtype, _CLOSE_SIDE)
+    return closer if closer.is_noise else left
 
 
 def side_of_part(shape: tuple[int, ...]) -> int:
@@ -56,12 +57,13 @@ def remainder(base: Matrix, bits: Matrix, dtype: Dtype, side: int) -> Remainder:
 
     Args:
         base: `[rows, columns]`; if not finite, it does not.
-        bits: `[rows, columns]`, finite numbers of `dtype`.
+        bits: `[rows, columns]`, of `dtype`.
         side: so many rows and columns are looked at; of a merge whose rank is below half of that it tells.
     """
     part = np.ix_(*(spread(length, side) for length in bits.shape))
     stored = widen(bits[part], dtype, np.dtype("f8"))
-    difference = stored - base[part]
+    with np.errstate(**SILENT):
+        difference = stored - base[part]
     total = float(np.sum(np.square(difference)))
     ulps = np.ldexp(1.0, np.frexp(stored)[1] - 1 - dtype.mantissa_bits)
     noise = float(np.sum(np.square(ulps))) / 12 + _PRODUCT * total

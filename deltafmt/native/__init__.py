@@ -268,10 +268,10 @@ def _check_groups(first: Bits, second: Bits, up: Bools | None, numbers: Numbers)
 
 
 class Steps:
-    """By how much elements move, by their mantissa: by as many last places as `steps` has behind the bounds up to it.
+    """By how many last places elements move: by `steps[i]` if their mantissa is not below `i` of the bounds.
 
     Args:
-        bounds: ascending, each below `2**mantissa_bits`.
+        bounds: ascending.
         steps: one more than these.
     """
 
@@ -287,7 +287,7 @@ class Steps:
 
 
 def move_by_steps(steps: Steps, bits: Bits) -> None:
-    """Move floats of two bytes or four towards zero, `[m]`, but for zeros, subnormals and what is not finite."""
+    """Move floats of two bytes or four, `[m]`, in place, but for zeros, subnormals and what is not finite."""
     _require(steps.mantissa_bits < 8 * bits.itemsize - 1)
     known = steps.bounds, steps.steps, steps.first, steps.shift, steps.mantissa_bits
     _call(f"move_by_steps_{bits.itemsize}", *known, bits.size, bits)

@@ -17,7 +17,9 @@ from .base import Facts, Operator, Scope, Source, Target, Value, misfit
 
 DECAYING = frozenset(DTYPES[name] for name in ("F32", "F16", "BF16"))
 
-_BLOCK = 1 << 16
+MOST_STEPS = 1 << 16
+"""In a table: readers keep one for each node."""
+_BLOCK = 1 << 16  # elements that numpy moves at a time
 
 Table = npt.NDArray[np.uint32]
 
@@ -51,7 +53,7 @@ class Decayed(Operator):
         if table.dtype is None or table.dtype.name != "U32":
             found = "a wide node" if table.dtype is None else table.dtype.name
             raise misfit("a table of the wrong dtype", f"{pointer}/table", "U32", found)
-        most = 1 << x.dtype.mantissa_bits
+        most = min(1 << x.dtype.mantissa_bits, MOST_STEPS, max(x.count, 1))
         if len(table.shape) != 2 or table.shape[0] != 2 or not 1 <= table.shape[1] <= most:
             raise misfit("a table of the wrong shape", f"{pointer}/table", f"[2, 1 to {most}]", list(table.shape))
         if not (x.exact and table.exact):

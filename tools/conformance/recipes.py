@@ -118,7 +118,8 @@ def kind_of(m: dict[str, Any], owner: str, node: Node) -> Kind:
         x, table = parts
         need(x.dtype in ("F32", "F16", "BF16") and x.exact, "operand", f"{here}: {x}")
         fits = table.dtype == "U32" and len(table.shape) == 2 and table.shape[0] == 2 and table.exact
-        fits = fits and 1 <= table.shape[1] <= 2 ** FLOATS[x.dtype or ""][1]
+        most = min(2 ** FLOATS[x.dtype or ""][1], 65_536, max(math.prod(x.shape), 1))
+        fits = fits and 1 <= table.shape[1] <= most
         need(fits, "operand", f"{here}: a table of {table} for {x}")
         return Kind(x.dtype, x.shape, True)
     if op == "patch":

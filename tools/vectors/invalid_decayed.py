@@ -107,23 +107,34 @@ recipe("decayed-no-tensor", "operand", "a table by a tensor that does not exist"
 recipe("decayed-no-base-tensor", "operand", "a table that the base lacks", node(U, ref("table", "base")))
 
 
-def too_long(dtype: str, count: int) -> Callable[[], Draft]:
+def too_long(columns: int, dtype: str, *shape: int, rows: int | None = None) -> Callable[[], Draft]:
+    """A table of zeros for a tensor of this shape, or for so many rows of it."""
+
     def make() -> Draft:
         draft = Draft()
-        x, table = weights("long", dtype, 4), Tensor("U32", [2, count], bytes(8 * count))
-        draft.exact("w", x, node(draft.array("x", x), draft.array("table", table, "none", "zstd", 2**20)))
+        x = draft.array("x", weights("long", dtype, *shape))
+        table = draft.array("table", Tensor("U32", [2, columns], bytes(8 * columns)), "none", "zstd")
+        if rows is None:
+            draft.computed("w", dtype, list(shape), node(x, table))
+        else:
+            draft.computed("w", dtype, [rows, *shape[1:]], node({"op": "rows", "x": x}, table))
         return draft
 
     return make
 
 
-for dtype, count in (("BF16", 2**7), ("F16", 2**10), ("F32", 2**23)):
-    add(
-        f"decayed-table-long-{dtype.lower()}",
-        "operand",
-        f"{count + 1:,} columns for {dtype}",
-        too_long(dtype, count + 1),
-    )
+for name, description, make in (
+    ("bf16", "129 columns for BF16 of 129 elements", too_long(129, "BF16", 129)),
+    ("f16", "1,025 columns for F16 of 1,025 elements", too_long(1025, "F16", 1025)),
+    ("f32", "65,537 columns for F32 of 65,537 elements", too_long(65537, "F32", 65537)),
+    ("f32-elements", "13 columns for F32 of 12 elements", too_long(13, "F32", 4, 3)),
+    ("bf16-elements", "13 columns for BF16 of 12 elements", too_long(13, "BF16", 4, 3)),
+    ("scalar", "2 columns for what has no dimensions", too_long(2, "F32")),
+    ("no-elements", "2 columns for what has no elements", too_long(2, "F32", 0, 3)),
+    ("rows", "7 columns for 2 rows of 4 rows of 3 elements", too_long(7, "BF16", 4, 3, rows=2)),
+    ("no-rows", "2 columns for no rows of 4 rows of 3 elements", too_long(2, "F32", 4, 3, rows=0)),
+):
+    add(f"decayed-table-long-{name}", "operand", description, make)
 
 # Operands: what it is used for ---------------------------------------------------------------------
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -153,7 +154,7 @@ BOUNDED: dict[str, tuple[list[int], list[int], dict[int, int]]] = {
     "up to 2^32": ([5, 2**32 - 5, 1], [1, 2, 4], {0: 0, 1: 0, 4: 0, 5: 1, -1: 1}),
     "beyond 2^32": ([5, 2**32 - 1, 2, 0], [1, 2, 4, 8], {0: 0, 3: 0, 4: 0, 5: 1, 6: 1, -1: 1}),
     "up to 2^33": ([3, *[2**31] * 4, 1], [1, 2, 4, 8, 16, 32], {0: 0, 2: 0, 3: 1, 4: 1, -1: 1}),
-    "far beyond": ([2**32 - 1] * 20 + [20], [1] * 21, {0: 0, 1: 0, 20: 0, -1: 0}),
+    "far beyond": ([2**32 - 1] * 20 + [20], [1] * 21, dict.fromkeys([*range(21), -1], 0)),
 }
 
 
@@ -212,14 +213,19 @@ def decayed_tables() -> Draft:
     return draft
 
 
-@valid("decayed tensors without dimensions, without elements, of one element, of four dimensions")
+@valid(
+    "decayed tensors without dimensions, without elements, of one element, of four dimensions, of rows filled up; tables of as many columns as elements"
+)
 def decayed_shapes() -> Draft:
     draft = Draft()
-    table = draft.array("table", table_of([0, 3, 50], [1, 2, 3]))
+    one = draft.array("one column", table_of([0], [6]))
+    three = draft.array("three columns", table_of([0, 3, 50], [1, 2, 3]))
     for dtype in DECAY:
-        for shape in ([], [0], [3, 0], [0, 3], [1], [2, 3, 2, 1]):
+        for shape in ([], [0], [3, 0], [0, 3], [1], [3], [3, 1], [2, 3, 2, 1]):
             x = draft.array(f"{dtype} {shape}#x", weights(f"{dtype} {shape}", dtype, *shape))
-            draft.computed(f"{dtype} {shape}", dtype, shape, node(x, table))
+            draft.computed(f"{dtype} {shape}", dtype, shape, node(x, three if math.prod(shape) >= 3 else one))
+        x = draft.array(f"{dtype} rows#x", weights(f"{dtype} rows", dtype, 2))
+        draft.computed(f"{dtype} rows", dtype, [3], node({"op": "rows", "x": x}, three))  # more columns than `x` has
     return draft
 
 
