@@ -85,6 +85,47 @@ def test_what_a_part_tells_is_as_good_as_what_the_whole_tells(
     assert bits(base, target, extended, dtype) < 1.03 * bits(base, target, whole, dtype)
 
 
+@pytest.mark.parametrize(("dtype", "ulps"), [(BF16, 1), (BF16, 0.4), (F32, 1)])
+def test_systems_that_are_approached_serve_as_well_as_solved_ones(
+    monkeypatch: pytest.MonkeyPatch, dtype: Dtype, ulps: float
+) -> None:
+    shape, rank = (600, 480), 48
+    assert rank > rounded_fit._DIRECT
+    base = based(shape, dtype)
+    target = added(base, low_rank(shape, rank, ulps, dtype), dtype)
+    approached = recovered(base, target, dtype)
+    monkeypatch.setattr(rounded_fit, "_DIRECT", rank)
+    solved = recovered(base, target, dtype)
+    assert len(approached.a) == len(solved.a) == rank
+    assert bits(base, target, approached, dtype) < 1.02 * bits(base, target, solved, dtype)
+
+
+def test_a_part_has_rows_enough_for_a_high_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as few as a part has otherwise, most of a rank of 150 would be missed."""
+    shape, rank = (1600, 640), 150
+    base = based(shape)
+    target = added(base, low_rank(shape, rank, 3))
+    whole = recovered(base, target, BF16)
+    monkeypatch.setattr(rounded_fit, "_PART", 1 << 16)
+    monkeypatch.setattr(rounded_fit, "_PART_ROWS", 200)
+    extended = recovered(base, target, BF16)
+    assert len(extended.a) == len(whole.a) == rank
+    assert bits(base, target, extended, BF16) < 1.03 * bits(base, target, whole, BF16)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_rows_that_changed_by_themselves_take_no_components(turned: bool) -> None:
+    """Of a merge of rank 8 with 100 rows, or columns, that were trained: the residual has these."""
+    shape, rank, others = (800, 700), 8, 100
+    base = based(shape)
+    target = added(base, low_rank(shape, rank, 3))
+    own = np.float32(2e-4) * gaussian(others, shape[1], seed=7)
+    target[:others] = round_to(widen(base[:others], BF16, np.dtype(np.float32)) + own, BF16)
+    if turned:
+        base, target = np.ascontiguousarray(base.T), np.ascontiguousarray(target.T)
+    assert len(recovered(base, target, BF16).a) == rank
+
+
 def test_noise_is_no_low_rank_in_a_large_matrix_either(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounded_fit, "_PART", 1 << 18)
     base = based((3000, 400))

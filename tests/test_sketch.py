@@ -61,6 +61,12 @@ def test_low_rank_leaves_noise(dtype: Dtype, rank: int, ulps: float) -> None:
     assert leaves_noise(base, added(base, low_rank(256, 600, rank, ulps * ULP[dtype.name]), dtype), dtype)
 
 
+@pytest.mark.parametrize("rank", [130, 150])
+def test_a_rank_above_half_of_what_is_looked_at_leaves_noise_too(rank: int) -> None:
+    base = based(1100, 1000)
+    assert leaves_noise(base, added(base, low_rank(1100, 1000, rank, 3 * ULP["BF16"])), BF16)
+
+
 @pytest.mark.parametrize("rank", [8, 32, 64])
 def test_twice_rounded_has_twice_the_noise(rank: int) -> None:
     base = based(256, 600)

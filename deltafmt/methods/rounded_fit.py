@@ -45,6 +45,7 @@ _FIRST_RANK = 24  # components looked for at first; if these are not enough, all
 _NARROW = 4  # components are of few rows if they are spread over this part of them
 _ENTRY_BITS = 5  # of an entry of the factors, about
 _ROUNDING_BITS = 2  # of an element are saved at most beside what its size tells, where it is predicted well
+_LIKE_NOISE = 2  # times the energy of the largest component of noise: it may be noise as well, which is of no rows
 _LEAST_NOISE = 1e-9  # of the energy: zero is none
 _GROWTH = 16  # components added at a time
 
@@ -104,23 +105,31 @@ def svd_start(update: RoundedUpdate, most: int) -> Fit:
 
 
 def _worthwhile(b: Float32, a: Float32, total: float) -> int:
-    """How many of the components do not only make what is left of few rows, or few columns, that changed by themselves.
-
-    Each such row takes a component, and that takes more bits than the row does as a residual.
+    """How many of the components to keep: the last ones may make nothing but few rows, or columns, that changed by
+    themselves. Each such row takes a component, and that takes more bits than the row does as a residual.
     """
     sizes = np.square(b, dtype=np.float64).sum(axis=1), np.square(a, dtype=np.float64).sum(axis=1)
     kept, shape = len(b), (b.shape[1], a.shape[1])
     noise = max(total - float(sizes[0] @ sizes[1]), _LEAST_NOISE * total) / math.prod(shape)
+    largest = _LIKE_NOISE * noise * (math.sqrt(shape[0]) + math.sqrt(shape[1])) ** 2
     for factor, other, length in ((b, sizes[1], shape[1]), (a, sizes[0], shape[0])):
-        energies = np.cumsum((np.square(factor, dtype=np.float64) * other[:, None])[::-1], axis=0)[::-1]
-        of_rest = energies.sum(axis=1)
-        spread_over = of_rest**2 / np.maximum(np.square(energies).sum(axis=1), 1e-300)
-        gains = spread_over * length * (np.log2(1 + of_rest / (spread_over * length * noise)) / 2 + _ROUNDING_BITS)
+        of_each = np.square(factor, dtype=np.float64) * other[:, None]
+        few, energies = factor.shape[1] / _NARROW, of_each.sum(axis=1)
+        narrow = (_spread_over(of_each) < few) | (energies < largest)
+        narrow = np.logical_and.accumulate(narrow[::-1])[::-1]  # this one and all behind it
+        of_rest = np.cumsum(of_each[::-1], axis=0)[::-1]
+        elements = _spread_over(of_rest) * length
+        gains = elements * (np.log2(1 + of_rest.sum(axis=1) / np.maximum(elements * noise, _TINY)) / 2 + _ROUNDING_BITS)
         costs = _ENTRY_BITS * np.arange(len(b), 0, -1) * sum(shape)
-        narrow = (spread_over < factor.shape[1] / _NARROW) & (gains < costs)
+        narrow &= (elements < few * length) & (gains < costs)
         if narrow.any():
             kept = min(kept, int(np.flatnonzero(narrow)[0]))
     return kept
+
+
+def _spread_over(energies: Float64) -> Float64:
+    """Over how many places energies `[..., n]` are spread, about (their participation ratio)."""
+    return np.asarray(energies.sum(axis=-1) ** 2 / np.maximum(np.square(energies).sum(axis=-1), 1e-300))
 
 
 def fit(update: RoundedUpdate, start: Fit, most: int, passes: int = _PASSES) -> Fit:
