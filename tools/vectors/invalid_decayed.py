@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,7 +113,8 @@ def too_long(columns: int, dtype: str, *shape: int, rows: int | None = None) -> 
 
     def make() -> Draft:
         draft = Draft()
-        x = draft.array("x", weights("long", dtype, *shape))
+        width = 4 if dtype == "F32" else 2
+        x = draft.array("x", Tensor(dtype, list(shape), bytes(width * math.prod(shape))), "none", "zstd")
         table = draft.array("table", Tensor("U32", [2, columns], bytes(8 * columns)), "none", "zstd")
         if rows is None:
             draft.computed("w", dtype, list(shape), node(x, table))
