@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from deltafmt.dtypes import DTYPES, Bits, Dtype, round_to, widen
-from deltafmt.methods import merged
+from deltafmt.methods import adapter
 from deltafmt.methods.matrices import spread
 from deltafmt.methods.merged import computed
 from deltafmt.methods.prediction import Computed, Elements, Prediction, Referred
@@ -158,7 +158,7 @@ def test_what_trains_all_weights_and_decays_them_is_not_fitted(
     rows = 0.998 if decay == "all rows alike" else 1 - 0.01 * np.random.default_rng(5).random((768, 1))
     target = added(base, (rows - 1) * base + noise * ULP["BF16"] * gaussian(768, 512, seed=6))
     fitted: list[Any] = []
-    monkeypatch.setattr(merged, "recover", lambda *each: fitted.append(each))
+    monkeypatch.setattr(adapter, "recover", lambda *each: fitted.append(each))
     assert not found(base, target)
     assert not fitted  # the look at a part has to tell: a fit of the whole takes minutes
 
@@ -167,7 +167,7 @@ def test_rows_that_decayed_and_nothing_else_are_not_fitted(monkeypatch: pytest.M
     base = based(768, 512)
     target = added(base, -0.01 * np.random.default_rng(5).random((768, 1)) * base)
     fitted: list[Any] = []
-    monkeypatch.setattr(merged, "recover", lambda *each: fitted.append(each))
+    monkeypatch.setattr(adapter, "recover", lambda *each: fitted.append(each))
     (prediction,) = found(base, target)
     predicted, _ = prediction.predicted(0, target.size, BF16, None)
     assert np.mean(predicted == target.reshape(-1)) > 0.99
