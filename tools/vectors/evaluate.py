@@ -135,17 +135,18 @@ def decayed(x: Tensor, table: Tensor) -> Tensor:
     exponent_bits, mantissa_bits = FIELDS[x.dtype]
     sign, infinity = 1 << exponent_bits + mantissa_bits, (1 << exponent_bits) - 1 << mantissa_bits
     gaps, changes = words(table)[: table.shape[1]], words(table)[table.shape[1] :]
-    found = []
-    for u in words(x):
+
+    def moved(u: int) -> int:
         left, step = u % (1 << mantissa_bits), 0
         for gap, change in zip(gaps, changes, strict=True):
             left -= gap
             if left < 0:
                 break
             step += change
-        ordinary = 1 << mantissa_bits <= u % sign < infinity
-        found.append(u & sign | (u - step) % sign if ordinary else u)
-    return bits(x.dtype, *found)._replace(shape=x.shape)
+        return u & sign | (u - step) % sign if 1 << mantissa_bits <= u % sign < infinity else u
+
+    found = {u: moved(u) for u in set(words(x))}  # a tensor of zeros is one element
+    return bits(x.dtype, *(found[u] for u in words(x)))._replace(shape=x.shape)
 
 
 def finite(x: Real) -> Fraction:
