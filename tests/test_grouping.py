@@ -13,12 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltafmt import native
 from deltafmt.errors import MalformedError
 from deltafmt.methods.grouping import _BY_MARGIN as COST
 from deltafmt.methods.grouping import exponent_bounds, kinds, margin_bounds
 from deltafmt.operators.groups import Groups
 
 Keys = npt.NDArray[Any]
+
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def cost(keys: Keys, missed: npt.NDArray[np.bool_], bounds: Sequence[int], elements: int) -> float:
@@ -83,6 +86,20 @@ def test_bounds_by_margin_are_valid(keys: Keys, elements: int, seed: int) -> Non
 def test_a_reader_takes_no_others(bounds: tuple[int, ...]) -> None:
     with pytest.raises(MalformedError):
         assert_a_reader_takes("exponent", bounds)
+
+
+@given(keys8 | keys16, st.integers(1, 1 << 18), st.integers(0, 99))
+def test_without_kernels_the_bounds_are_the_same(keys: Keys, elements: int, seed: int) -> None:
+    """Or an archive would depend on where it was packed."""
+    random = np.random.default_rng(seed)
+    residuals = (random.exponential(2.0 ** (keys % 11)) * random.integers(1, 9)).astype(np.uint32)
+    found = exponent_bounds(kinds(keys, residuals), elements), margin_bounds(keys, residuals > 3, elements)
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(native, "LIBRARY", None)
+        assert found == (
+            exponent_bounds(kinds(keys, residuals), elements),
+            margin_bounds(keys, residuals > 3, elements),
+        )
 
 
 def entropy(residuals: Keys, which: Keys) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -33,17 +35,17 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tensor as it is stored: per chunk the bytes of its planes."""
+    """A tensor as it is stored: per chunk the bytes of its planes in one piece, and where each ends in it."""
 
     tuned: Tuned
     coding: Coding
-    chunks: list[list[Any]]
+    chunks: list[tuple[Array, list[int]]]
 
     @property
     def nbytes(self) -> int:
         """Stored bytes, chunk table included."""
         table = 8 * self.coding.encoding.table_words(self.coding.array_dtype, self.coding.bits.size)
-        return table + sum(memoryview(plane).nbytes for planes in self.chunks for plane in planes)
+        return table + sum(chunk.nbytes for chunk, _ in self.chunks)
 
     def value(self) -> Value:
         """What rebuilds the tensor, a chunk at a time."""
@@ -60,15 +62,7 @@ class _Memory:
     """Where a recipe finds its one stored array and its one base tensor."""
 
     def __init__(self, encoded: Encoded) -> None:
-        self._tuned, self._coding = encoded.tuned, encoded.coding
-        # As they come from a file: the planes of a chunk in one piece, and where each ends in it.
-        self._chunks = [
-            (
-                np.frombuffer(b"".join(planes), np.uint8),
-                np.cumsum([len(memoryview(plane)) for plane in planes]).tolist(),
-            )
-            for planes in encoded.chunks
-        ]
+        self._tuned, self._coding, self._chunks = encoded.tuned, encoded.coding, encoded.chunks
 
     def array(self, name: str) -> Facts | None:
         return Facts(self._coding.array_dtype, self._tuned.shape, exact=True, chunk=self._coding.encoding.chunk)
@@ -104,22 +98,30 @@ def encode(tensors: Sequence[Tuned], pool: ThreadPoolExecutor) -> list[Encoded]:
         return smallest(candidates(Elements(dtype, tuned.shape, tuned.bits), [base]))
 
     codings = list(pool.map(coding, tensors))
-    chunks = [pool.map(coding.several, range(0, coding.chunks, coding.together)) for coding in codings]
+
+    def several(coding: Coding, first: int) -> list[tuple[Array, list[int]]]:
+        return [_as_in_a_file(planes) for _, planes in coding.several(first)]
+
+    chunks = [pool.map(partial(several, coding), range(0, coding.chunks, coding.together)) for coding in codings]
     return [
-        Encoded(tuned, coding, [planes for several in found for _, planes in several])
+        Encoded(tuned, coding, list(chain.from_iterable(found)))
         for tuned, coding, found in zip(tensors, codings, chunks, strict=True)
     ]
+
+
+def _as_in_a_file(planes: Sequence[Any]) -> tuple[Array, list[int]]:
+    return np.frombuffer(b"".join(planes), np.uint8), list(accumulate(len(memoryview(plane)) for plane in planes))
 
 
 def decode(encoded: Sequence[Encoded], pool: ThreadPoolExecutor) -> list[Array]:
     """The way back, into fresh memory, in pieces as large as those of `unpack`."""
     outs = [np.empty_like(each.tuned.bits) for each in encoded]
-    jobs = [
+    jobs = (
         (value, begin, min(begin + step, out.size), out)
         for each, out in zip(encoded, outs, strict=True)
         for value, step in [(each.value(), good_step(each.tuned.shape, out.itemsize, PIECE_BYTES // out.itemsize))]
         for begin in range(0, out.size, step)
-    ]
+    )
 
     def rebuild(job: tuple[Value, int, int, Array]) -> None:
         value, lo, hi, out = job

@@ -83,33 +83,52 @@ def best_low_bits(chunks: Sequence[tuple[Bits, Sequence[int]]], signed: bool, ef
         effort: how many samples to take.
     """
     cut = [_cut(_fold(bits) if signed else bits, lengths) for bits, lengths in chunks]
-    samples = [_sample(alike, effort * _SAMPLE) for alike in zip(*cut, strict=True)]
-    ways = [_ways(sample) for sample in samples]
-    tried = [(sample, bits) for sample, of_sample in zip(samples, ways, strict=True) for bits in of_sample]
+    of_segments = [[part for part in alike if part.size] for alike in zip(*cut, strict=True)]
+    best = [0] * len(of_segments)
+    there = [index for index, parts in enumerate(of_segments) if parts]
+    if not there:
+        return best
+    sampled = [_sample(of_segments[index], effort * _SAMPLE) for index in there]
+    sizes = [sum(part.size for part in parts) for parts in sampled]
+    together = np.concatenate(list(chain.from_iterable(sampled)))
+    samples = _cut(together, sizes)
+    ways, maxima = _ways(together, sizes)
+    tried = [(place, bits) for place, of_sample in enumerate(ways) for bits in of_sample]
     if not tried:
-        return [0] * len(samples)
-    kinds = [_Kind(sample.size, bits, _plane_count(int(sample.max()), bits)) for sample, bits in tried]
-    sizes = map(len, zstd.compress(_split(np.concatenate([sample for sample, _ in tried]), kinds)))
-    coded = iter([sum(islice(sizes, kind.planes)) for kind in kinds])
-    return [min(zip(islice(coded, len(of_sample)), of_sample, strict=True), default=(0, 0))[1] for of_sample in ways]
+        return best
+    kinds = [_Kind(sizes[place], bits, _plane_count(maxima[place], bits)) for place, bits in tried]
+    planes = iter(zstd.compress(_split(np.concatenate([samples[place] for place, _ in tried]), kinds)))
+    coded = [sum(map(len, islice(planes, kind.planes))) for kind in kinds]
+    least: dict[int, tuple[int, int]] = {}
+    for (place, bits), size in zip(tried, coded, strict=True):
+        least[place] = min(least.get(place, (size, bits)), (size, bits))
+        best[there[place]] = least[place][1]
+    return best
 
 
-def _sample(parts: Sequence[Bits], elements: int) -> Bits:
+def _sample(parts: Sequence[Bits], elements: int) -> list[Bits]:
     """About so many elements of these parts, evenly."""
     step = max(sum(part.size for part in parts) // elements, 1)
-    return np.concatenate([part[::step] for part in parts])
+    return [part[::step] for part in parts]
 
 
-def _ways(sample: Bits) -> Sequence[int]:
-    """The numbers of low bits that may suit elements like these."""
-    most = int(sample.max(initial=0))
-    if most == 0:
-        return ()
-    # Of many that are not zero, the lowest bit by itself is as good as random.
-    if most == 1 or 2 * np.count_nonzero(sample) < sample.size:
-        return _LOW_BITS
-    # Nor are the two lowest of many that are larger.
-    return _LOW_BITS[2:] if 2 * np.count_nonzero(sample >> 2) > sample.size else _LOW_BITS[1:]
+def _ways(values: Bits, sizes: Sequence[int]) -> tuple[list[Sequence[int]], list[int]]:
+    """Of samples of these sizes, one behind the other, the numbers of low bits that may suit them, and the largest
+    element."""
+    begins = list(accumulate(sizes, initial=0))[:-1]
+    maxima = np.maximum.reduceat(values, begins).tolist()
+    more, most = (np.add.reduceat(values > least, begins, dtype=np.int64).tolist() for least in (0, 3))
+
+    def ways(largest: int, over_0: int, over_3: int, size: int) -> Sequence[int]:
+        if largest == 0:
+            return ()
+        # Of many that are not zero, the lowest bit by itself is as good as random.
+        if largest == 1 or 2 * over_0 < size:
+            return _LOW_BITS
+        # Nor are the two lowest of many that are larger.
+        return _LOW_BITS[2:] if 2 * over_3 > size else _LOW_BITS[1:]
+
+    return [ways(*each) for each in zip(maxima, more, most, sizes, strict=True)], maxima
 
 
 def _encode(values: Bits, lengths: Sequence[Sequence[int]], low_bits: Sequence[Sequence[int]]) -> list[bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,11 @@ _BY_EXPONENT, _BY_MARGIN = 120, 40
 group by margin there is little to code."""
 _ZERO = 253  # one less than the top 10 bits of 1.0 as a float32
 _LEARNT = 0.72  # bits: by so much each frequency that is learnt from a sample makes its entropy too small (Miller 1955)
+_FRACTION = 1 << 10
+"""Of a bit: costs are counted in whole ones, so that they are the same numbers wherever they are added up."""
 
-_AT_ONCE = 1 << 16  # numbers: what is computed for several groups in one step stays in the cache
-
-Float64 = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.integer[Any]]
+Sums = npt.NDArray[np.int64]
 
 
 def kinds_by_exponent(predicted: Bits, bits: Bits, dtype: Dtype, step: int) -> Counts:
@@ -55,9 +55,7 @@ def exponent_bounds(counts: Counts, elements: int) -> tuple[int, ...]:
         elements: how many there are in a chunk.
     """
     values = np.flatnonzero(counts.any(axis=1))
-    sums = _sums(counts[values][:, counts.any(axis=0)])
-    bits = _bits_of_groups(sums, _LEARNT)
-    return _cheapest(values, [elements / counts.sum() / 8 * of_each for of_each in bits], _BY_EXPONENT)
+    return _cheapest(values, counts[values][:, counts.any(axis=0)], _LEARNT, elements, _BY_EXPONENT)
 
 
 def margin_bounds(keys: Keys, missed: npt.NDArray[np.bool_], elements: int) -> tuple[int, ...]:
@@ -69,55 +67,53 @@ def margin_bounds(keys: Keys, missed: npt.NDArray[np.bool_], elements: int) -> t
         elements: how many there are in a chunk.
     """
     values, which = np.unique(keys, return_inverse=True)
-    misses = np.bincount(which, weights=missed)
-    sums = _sums(np.stack([np.bincount(which) - misses, misses], axis=1))
-    bits = _bits_of_groups(sums, 0)
-    return _cheapest(values, [elements / max(keys.size, 1) / 8 * of_each for of_each in bits], _BY_MARGIN)
+    misses = np.bincount(which, weights=missed).astype(np.int64)
+    return _cheapest(values, np.stack([np.bincount(which) - misses, misses], axis=1), 0, elements, _BY_MARGIN)
 
 
-def _bits_of_groups(sums: Float64, learnt: float) -> Iterator[Float64]:
-    """For each end of 1 to `n`: the entropy of the values from each begin before it, `[end]`; several ends at a time.
-
-    Args:
-        sums: `[n + 1, kinds]`, how many of each kind there are in the first so many values.
-        learnt: bits to add for each kind that is there.
-    """
-    count, kinds = len(sums) - 1, sums.shape[1]
-    step = max(_AT_ONCE // ((count + 1) * kinds), 1)
-    for first in range(1, count + 1, step):
-        ends = np.arange(first, min(first + step, count + 1))
-        inside = np.maximum(sums[ends, None] - sums[None, : ends[-1]], 0)
-        bits = _weighted(inside.sum(axis=2)) - _weighted(inside).sum(axis=2) + learnt * np.count_nonzero(inside, axis=2)
-        yield from (of_each[:end] for of_each, end in zip(bits, ends, strict=True))
-
-
-def _cheapest(values: npt.NDArray[Any], costs: Sequence[Float64], group_bytes: int) -> tuple[int, ...]:
-    """The bounds that cost the fewest bytes: a shortest path over all of them.
+def _cheapest(
+    values: npt.NDArray[Any], counts: Counts, learnt: float, elements: int, group_bytes: int
+) -> tuple[int, ...]:
+    """The bounds that cost the fewest bytes, by the entropy of the kinds in each group.
 
     Args:
         values: `[n]`, the keys that there are, ascending.
-        costs: bytes of a group of the values from each begin (`[end]`) before an end of 1 to `n`.
+        counts: `[n, kinds]`, how many of each kind a sample has of them.
+        learnt: bits to add for each kind that there is in a group.
+        elements: how many there are in a chunk.
         group_bytes: what each group takes besides.
     """
-    least = np.zeros(len(values) + 1)  # bytes of the best groups of the first so many values
-    before = np.zeros(len(values) + 1, np.intp)
-    for end, inside in enumerate(costs, 1):
-        cost = least[:end] + inside + group_bytes
-        before[end] = cost.argmin()
-        least[end] = cost[before[end]]
+    sums = np.zeros((len(counts) + 1, counts.shape[1]), np.int64)
+    np.cumsum(counts, axis=0, out=sums[1:])
+    total = int(sums[-1].sum())
+    # Costs of a chunk, times the size of the sample.
+    prices = round(learnt * _FRACTION), elements, 8 * group_bytes * _FRACTION * total
+    weighted = _weighted((total + 1).bit_length())
+    before = (native.cheapest_groups if native.available() else _shortest_path)(sums, weighted, *prices)
     bounds: list[int] = []
-    place = int(before[len(values)])
+    place = before[len(values)]
     while place > 0:
         bounds.insert(0, int(values[place]))
-        place = int(before[place])
+        place = before[place]
     return tuple(bound for bound in bounds[-MOST_BOUNDS:] if 0 < bound <= LARGEST_BOUND)
 
 
-def _sums(counts: npt.NDArray[Any]) -> Float64:
-    """The sum of the first 0, 1, 2, ... rows."""
-    return np.concatenate([np.zeros((1, counts.shape[1])), np.cumsum(counts, axis=0, dtype=np.float64)])
+def _shortest_path(sums: Sums, weighted: Sums, learnt: int, elements: int, group: int) -> list[int]:
+    """Of the first 0, 1, 2, ... values where the last of the groups that cost least begins."""
+    least = np.zeros(len(sums), np.int64)
+    before = [0]
+    for end in range(1, len(sums)):
+        inside = sums[end] - sums[:end]
+        bits = weighted[inside.sum(axis=1)] - weighted[inside].sum(axis=1) + learnt * np.count_nonzero(inside, axis=1)
+        costs = least[:end] + bits * elements + group
+        before.append(int(costs.argmin()))
+        least[end] = costs[before[end]]
+    return before
 
 
-def _weighted(counts: Float64) -> Float64:
-    """`n log2 n`: the bits of `n` alike elements are that of all less the sum of that of each kind."""
-    return np.asarray(counts * np.log2(np.maximum(counts, 1)))
+@lru_cache(maxsize=4)
+def _weighted(length: int) -> Sums:
+    """`n log2 n` of each number of so many binary digits: the bits of `n` alike elements are that of all less the sum
+    of that of each kind."""
+    numbers = np.arange(1 << length)
+    return np.rint(numbers * np.log2(np.maximum(numbers, 1)) * _FRACTION).astype(np.int64)

@@ -17,7 +17,7 @@ from .merged import computed
 from .prediction import Elements, Prediction, Referred
 
 _MOST_EFFORT = 8  # put into finding out how chunks are best packed
-_GUESSED = 1 << 14
+_GUESSED = 1 << 12  # elements
 _UNSURE = 2  # times as much as what a sample tells may be right
 _SMALL = 1 << 14  # elements; the groups of a larger tensor always pay
 

@@ -27,7 +27,7 @@ Problem = Literal["bits left over", "too large"]
 
 FILE = Path(__file__).with_name("libkernels.so.1")
 TILE_ROWS, TILE_COLUMNS = 4, 48  # as in product.c, and that the even columns have a panel and the odd ones
-_ABI = 5  # as in native.h: another one is what an older build left behind
+_ABI = 6  # as in native.h: another one is what an older build left behind
 _GROUPS, _KINDS = 256, 132  # as in groups.c
 _ANSWERING = ("keys_differ", "merge_segments")  # the rest return nothing
 _PROBLEMS: tuple[Problem | None, ...] = (None, "bits left over", "too large")  # as in segments.c
@@ -43,6 +43,7 @@ _SIGNATURES: dict[str, Sequence[Any]] = {
     "widen_bf16": (_POINTER, _COUNT, _POINTER),
     "round_bf16": (_POINTER, _COUNT, _POINTER),
     "add_product_with_margins": (_POINTER, *[_COUNT] * 4, *[_POINTER] * 3, _COUNT, *[_POINTER] * 3),
+    "cheapest_groups": (_POINTER, *[_COUNT] * 2, _POINTER, *[_COUNT] * 3, *[_POINTER] * 2),
     "margin_groups_4": (_POINTER, _COUNT, _INT, _POINTER, _COUNT, *[_POINTER] * 3),
     "margin_groups_8": (_POINTER, _COUNT, _INT, _POINTER, _COUNT, *[_POINTER] * 3),
 }
@@ -211,6 +212,15 @@ def kinds_by_exponent(predicted: Bits, bits: Bits, mantissa_bits: int, mask: int
     counts = np.zeros((mask + 1, _KINDS), np.int64)
     _call(f"kinds_by_exponent_{bits.itemsize}", bits, predicted, bits.size, step, mantissa_bits, mask, counts)
     return counts
+
+
+def cheapest_groups(sums: Counts, weighted: Counts, learnt: int, elements: int, group: int) -> list[int]:
+    """The shortest path of `methods.grouping`; `sums` is `[values + 1, kinds]`, and ascends."""
+    _require(sums.ndim == 2 and len(sums) > 0 and sums.dtype == weighted.dtype == np.int64)
+    _require(bool((sums[0] >= 0).all() and (sums[1:] >= sums[:-1]).all()) and int(sums[-1].sum()) < weighted.size)
+    least, before = np.empty((2, len(sums)), np.int64)
+    _call("cheapest_groups", sums, len(sums) - 1, sums.shape[1], weighted, learnt, elements, group, least, before)
+    return [int(place) for place in before]
 
 
 def margin_groups(values: Floats, taken: int, groups: Bounds, out: Numbers, up: Bools) -> None:

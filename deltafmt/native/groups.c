@@ -11,8 +11,7 @@
 #define KINDS 132 /* of residuals of up to 64 bits */
 #define STREAMS 4
 #define FEW_GROUPS 16 /* up to which it is faster to move one together after the other */
-#define BLOCK 64  /* elements of which the members of a group are counted at a time */
-#define SPARSE 32 /* elements to one residual that is not zero, from which it pays to look for these */
+#define SPARSE 32 /* elements of a group to one residual that is not zero, from which it pays to look for these */
 
 /* How many of the numbers are `group`. */
 INLINE int64_t count_equal(const uint8_t *numbers, int64_t total, uint8_t group) {
@@ -25,16 +24,6 @@ INLINE int64_t count_equal(const uint8_t *numbers, int64_t total, uint8_t group)
     }
     for (; i < total; i++) found += numbers[i] == group;
     return found;
-}
-
-/* The highest bit of those of eight numbers, of which `left` are there, that are `group`. */
-INLINE uint64_t equal_bytes(const uint8_t *numbers, int64_t left, uint8_t group) {
-    const uint64_t low = 0x7F7F7F7F7F7F7F7F;
-    uint64_t word = 0;
-    memcpy(&word, numbers, left < 8 ? (size_t)left : 8);
-    word ^= group * (uint64_t)0x0101010101010101;
-    const uint64_t found = ~(((word & low) + low) | word | low);
-    return left < 8 ? found & (((uint64_t)1 << (8 * left)) - 1) : found;
 }
 
 /* How many elements of each number below `groups` there are in each stream, `[STREAMS][GROUPS]`. The last stream is
@@ -115,18 +104,26 @@ EXPORT FAST void margin_groups_8(const double *restrict values, int64_t total, i
 }
 
 #define TYPE uint16_t
+#ifdef HAS_AVX2
+#define VECTOR __m128i /* of eight elements */
+#endif
 #define TOP 15
 #define NAME(name) name##_2
 #include "residuals.h"
 #undef TYPE
+#undef VECTOR
 #undef TOP
 #undef NAME
 
 #define TYPE uint32_t
+#ifdef HAS_AVX2
+#define VECTOR __m256i /* of eight elements */
+#endif
 #define TOP 31
 #define NAME(name) name##_4
 #include "residuals.h"
 #undef TYPE
+#undef VECTOR
 #undef TOP
 #undef NAME
 

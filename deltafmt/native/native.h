@@ -21,7 +21,7 @@
 #define FAST
 #endif
 
-#define ABI 5 /* raised with every change of a function or of what it means: see native/__init__.py */
+#define ABI 6 /* raised with every change of a function or of what it means: see native/__init__.py */
 
 #define INLINE static inline __attribute__((always_inline))
 

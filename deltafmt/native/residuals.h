@@ -1,5 +1,5 @@
 /* Residuals of floats of one width: included by groups.c for each, with TYPE (of their bits), TOP (the number of the
-   highest bit) and NAME (a name for this width) defined. */
+   highest bit), NAME (a name for this width) and, where few groups are moved by vectors, VECTOR defined. */
 
 /* Bit patterns of floats, in the order of the numbers that they stand for, and back. */
 #define ORDERED(bits) ((TYPE)((bits) ^ (TYPE)((TYPE)-((bits) >> TOP) | (TYPE)1 << TOP)))
@@ -68,6 +68,7 @@ INLINE void NAME(to_groups_of_chunk)(const TYPE *restrict bits, const TYPE *rest
     for (int64_t i = last; i < total; i++) grouped[places[(STREAMS - 1) * GROUPS + numbers[i]]++] = folded[0][i - last];
 }
 
+#ifdef VECTOR
 /* The same for few groups: of each block, group after group is moved together. */
 INLINE void NAME(to_few_groups_of_chunk)(const TYPE *restrict bits, const TYPE *restrict predicted,
                                          const uint8_t *restrict up, const uint8_t *restrict numbers, int64_t total,
@@ -93,24 +94,28 @@ INLINE void NAME(to_few_groups_of_chunk)(const TYPE *restrict bits, const TYPE *
         }
     }
 }
+#endif
 
 EXPORT FAST void NAME(to_groups)(const TYPE *restrict bits, const TYPE *restrict predicted, const uint8_t *restrict up,
                                  const uint8_t *restrict numbers, int64_t total, int64_t chunk,
                                  int64_t *restrict lengths, TYPE *restrict grouped) {
     uint8_t most = 0;
     for (int64_t i = 0; i < total; i++) most = numbers[i] > most ? numbers[i] : most;
-    const int few = HAS_COMPACTION && sizeof(TYPE) < 8 && most < FEW_GROUPS;
     for (int64_t at = 0; at < total; at += chunk, lengths += GROUPS) {
         const int64_t size = total - at < chunk ? total - at : chunk;
         const uint8_t *of_chunk = up ? up + at : NULL;
-        if (few)
+#ifdef VECTOR
+        if (HAS_AVX2 && most < FEW_GROUPS) {
             NAME(to_few_groups_of_chunk)(bits + at, predicted + at, of_chunk, numbers + at, size, most + 1, lengths,
                                          grouped + at);
-        else
-            NAME(to_groups_of_chunk)(bits + at, predicted + at, of_chunk, numbers + at, size, lengths, grouped + at);
+            continue;
+        }
+#endif
+        NAME(to_groups_of_chunk)(bits + at, predicted + at, of_chunk, numbers + at, size, lengths, grouped + at);
     }
 }
 
+#ifdef VECTOR
 /* The next residual in [place, end) that is not zero; `end` if there is none. */
 INLINE int64_t NAME(next_miss)(const TYPE *grouped, int64_t place, int64_t end) {
     for (; end - place >= 32; place += 32) {
@@ -122,47 +127,64 @@ INLINE int64_t NAME(next_miss)(const TYPE *grouped, int64_t place, int64_t end) 
     return place;
 }
 
-/* Corrects the elements of one group, of which the residuals are [place, end), and most of them zero. */
-INLINE void NAME(from_group)(const TYPE *restrict grouped, int64_t place, int64_t end, uint8_t group,
-                             const uint8_t *restrict up, const uint8_t *restrict numbers, int64_t total,
-                             TYPE *restrict predicted) {
-    int64_t miss = NAME(next_miss)(grouped, place, end);
-    for (int64_t begin = 0; miss < end; begin += BLOCK) {
-        const int64_t stop = total - begin < BLOCK ? total : begin + BLOCK;
-        uint8_t members = 0;
-        for (int64_t i = begin; i < stop; i++) members = (uint8_t)(members + (numbers[i] == group));
-        if (miss >= place + members) {
-            place += members;
-            continue;
+/* How many residuals in [place, end) are not zero. */
+INLINE int64_t NAME(count_misses)(const TYPE *grouped, int64_t place, int64_t end) {
+    int64_t misses = 0;
+    for (; place < end; place += PART) {
+        const int64_t stop = end - place < PART ? end : place + PART;
+        TYPE some = 0; /* of the same width, so that it is vectorised */
+        for (int64_t i = place; i < stop; i++) some = (TYPE)(some + (grouped[i] != 0));
+        misses += (int64_t)some;
+    }
+    return misses;
+}
+
+/* Undoes `to_groups` of one chunk of few groups: STEP elements at a time, group after group. Of a group of which most
+   residuals are zero, nothing is done where all are. */
+WITH_AVX2 static void NAME(from_few_groups_of_chunk)(const TYPE *restrict grouped, const uint8_t *restrict up,
+                                                     const uint8_t *restrict numbers, int64_t total, int64_t groups,
+                                                     TYPE *restrict predicted) {
+    int64_t places[FEW_GROUPS], ends[FEW_GROUPS], misses[FEW_GROUPS];
+    int dense[FEW_GROUPS];
+    for (int64_t g = 0, place = 0; g < groups; g++) {
+        places[g] = place;
+        ends[g] = place += count_equal(numbers, total, (uint8_t)g);
+        misses[g] = NAME(next_miss)(grouped, places[g], ends[g]);
+        dense[g] = SPARSE * NAME(count_misses)(grouped, places[g], ends[g]) > ends[g] - places[g];
+        if (dense[g]) misses[g] = -1;
+    }
+    for (int64_t begin = 0; begin < total; begin += STEP) {
+        const int64_t size = total - begin < STEP ? total - begin : STEP;
+        uint8_t last[STEP];
+        const uint8_t *own = numbers + begin;
+        if (size < STEP) {
+            memset(last, 0xFF, STEP); /* no group's */
+            memcpy(last, own, (size_t)size);
+            own = last;
         }
-        for (int64_t word = begin; word < stop; word += 8) {
-            for (uint64_t found = equal_bytes(numbers + word, stop - word, group); found; found &= found - 1, place++) {
-                const int64_t i = word + __builtin_ctzll(found) / 8;
-                if (grouped[place]) NAME(unfold)(grouped + place, up ? up + i : NULL, 1, predicted + i);
-            }
+        VECTOR spread[4] = {{0}};
+        int any = 0;
+        for (int64_t g = 0; g < groups; g++) {
+            const uint32_t members = members_of(own, (uint8_t)g);
+            const int64_t place = places[g];
+            places[g] += _mm_popcnt_u32(members);
+            if (misses[g] >= places[g]) continue;
+            any = 1;
+            NAME(spread)(grouped + place, total - place, members, spread);
+            if (!dense[g]) misses[g] = NAME(next_miss)(grouped, places[g], ends[g]);
         }
-        miss = NAME(next_miss)(grouped, place, end);
+        if (!any) continue;
+        TYPE folded[STEP];
+        memcpy(folded, spread, sizeof folded);
+        if (size == STEP) NAME(unfold)(folded, up ? up + begin : NULL, STEP, predicted + begin);
+        else NAME(unfold)(folded, up ? up + begin : NULL, size, predicted + begin);
     }
 }
+#endif
 
 INLINE void NAME(from_groups_of_chunk)(const TYPE *restrict grouped, const uint8_t *restrict up,
                                        const uint8_t *restrict numbers, int64_t total, int groups,
                                        TYPE *restrict predicted) {
-    int64_t misses = 0;
-    for (int64_t begin = 0; begin < total; begin += PART) {
-        const int64_t end = total - begin < PART ? total : begin + PART;
-        TYPE some = 0; /* of the same width, so that it is vectorised */
-        for (int64_t i = begin; i < end; i++) some = (TYPE)(some + (grouped[i] != 0));
-        misses += (int64_t)some;
-    }
-    if (SPARSE * misses < total && groups <= 2 * FEW) {
-        for (int64_t place = 0, group = 0; group < groups; group++) {
-            const int64_t end = place + count_equal(numbers, total, (uint8_t)group);
-            NAME(from_group)(grouped, place, end, (uint8_t)group, up, numbers, total, predicted);
-            place = end;
-        }
-        return;
-    }
     TYPE folded[STREAMS][PART];
     int64_t places[STREAMS * GROUPS];
     count_numbers(numbers, total, groups, places);
@@ -183,9 +205,17 @@ INLINE void NAME(from_groups_of_chunk)(const TYPE *restrict grouped, const uint8
 EXPORT FAST void NAME(from_groups)(const TYPE *restrict grouped, const uint8_t *restrict up,
                                    const uint8_t *restrict numbers, int64_t total, int64_t chunk, int groups,
                                    TYPE *restrict predicted) {
-    for (int64_t at = 0; at < total; at += chunk)
-        NAME(from_groups_of_chunk)(grouped + at, up ? up + at : NULL, numbers + at, total - at < chunk ? total - at : chunk,
-                                   groups, predicted + at);
+    for (int64_t at = 0; at < total; at += chunk) {
+        const int64_t size = total - at < chunk ? total - at : chunk;
+        const uint8_t *of_chunk = up ? up + at : NULL;
+#ifdef VECTOR
+        if (HAS_AVX2 && groups <= FEW_GROUPS) {
+            NAME(from_few_groups_of_chunk)(grouped + at, of_chunk, numbers + at, size, groups, predicted + at);
+            continue;
+        }
+#endif
+        NAME(from_groups_of_chunk)(grouped + at, of_chunk, numbers + at, size, groups, predicted + at);
+    }
 }
 
 #undef ORDERED

@@ -70,23 +70,23 @@ class _Decayed(Value):
         self.facts = Facts(x.facts.dtype, x.facts.shape, exact=True)
         self._x, self._table, self._dtype = x, table, x.facts.dtype
         self._lock = threading.Lock()
-        self._steps: Steps | None = None
+        self._decay: Decay | None = None
 
-    def steps(self) -> Steps:
+    def decay(self) -> Decay:
         """The table; read once."""
         with self._lock:
-            if self._steps is None:
+            if self._decay is None:
                 table = np.empty(self._table.facts.count, np.uint32)
                 self._table.bits(0, table.size, table)
-                self._steps = Steps(table.reshape(2, -1), self._dtype)
-            return self._steps
+                self._decay = Decay(table.reshape(2, -1), self._dtype)
+            return self._decay
 
     def bits(self, lo: int, hi: int, out: Bits) -> None:
         self._x.bits(lo, hi, out)
-        self.steps().move(out)
+        self.decay().move(out)
 
 
-class Steps:
+class Decay:
     """By how much elements of a dtype move.
 
     Args:
