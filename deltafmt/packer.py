@@ -216,9 +216,12 @@ class Packer:
     def _chunks(self, coding: Coding, running: Any) -> Iterator[list[Any]]:
         width = coding.together * coding.encoding.chunk * coding.dtype.width
         done = self._done
-        for _, chunks in self._pipeline.ordered(
-            range(0, coding.chunks, coding.together), coding.several, lambda _: 2 * width, 32 << 20
-        ):
+        firsts = range(0, coding.chunks, coding.together)
+        in_turn = (coding.several(first) for first in firsts)
+        if not coding.is_encoded:
+            side_by_side = self._pipeline.ordered(firsts, coding.several, lambda _: 2 * width, 32 << 20)
+            in_turn = (found for _, found in side_by_side)
+        for chunks in in_turn:
             for elements, planes in chunks:
                 if running is not None:
                     running.update(elements)

@@ -15,6 +15,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 IN_FLIGHT_BYTES = 192 << 20
+_TOGETHER = 1 << 16  # bytes: to hand less than that over to a thread takes longer than what it does with it
 
 
 def default_jobs() -> int:
@@ -74,24 +75,23 @@ class Pipeline:
         nbytes: Callable[[_Item], int],
         limit: int = IN_FLIGHT_BYTES,
     ) -> Iterator[tuple[_Item, _Result]]:
-        """Do `work` on every item in parallel; yield items and results in order.
+        """Do `work` on every item in parallel, on small ones together; yield items and results in order.
 
         No item is begun while those begun and not yet asked past weigh more than `limit` bytes with it, except one
         alone.
         """
-        waiting: deque[tuple[_Item, int, Future[_Result]]] = deque()
+        waiting: deque[tuple[list[_Item], int, Future[tuple[list[_Result], BaseException | None]]]] = deque()
         weight = 0
-        for item in items:
-            size = nbytes(item)
+        for several, size in _together(items, nbytes):
             while waiting and (weight + size > limit or len(waiting) > 64 * self.jobs):
                 first, first_size, future = waiting.popleft()
-                yield first, future.result()
+                yield from _finished(first, future)
                 weight -= first_size
-            waiting.append((item, size, self._pool.submit(work, item)))
+            waiting.append((several, size, self._pool.submit(_each, several, work)))
             weight += size
         while waiting:
             first, _, future = waiting.popleft()
-            yield first, future.result()
+            yield from _finished(first, future)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -100,6 +100,40 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _together(items: Iterable[_Item], nbytes: Callable[[_Item], int]) -> Iterator[tuple[list[_Item], int]]:
+    """Items one after the other as they are handed over, and what they weigh."""
+    several: list[_Item] = []
+    weight = 0
+    for item in items:
+        several.append(item)
+        weight += nbytes(item)
+        if weight >= _TOGETHER:
+            yield several, weight
+            several, weight = [], 0
+    if several:
+        yield several, weight
+
+
+def _each(items: list[_Item], work: Callable[[_Item], _Result]) -> tuple[list[_Result], BaseException | None]:
+    """What `work` returns for each item, up to the first for which it raises something, and that."""
+    found: list[_Result] = []
+    try:
+        for item in items:
+            found.append(work(item))  # noqa: PERF401 (what was found before an error counts)
+    except BaseException as error:
+        return found, error
+    return found, None
+
+
+def _finished(
+    items: list[_Item], future: Future[tuple[list[_Result], BaseException | None]]
+) -> Iterator[tuple[_Item, _Result]]:
+    found, error = future.result()
+    yield from zip(items, found, strict=error is None)
+    if error is not None:
+        raise error
 
 
 class Room:

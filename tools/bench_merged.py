@@ -19,7 +19,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ import patch_codec
 import synthetic
 import train_lora
 from delta_peers import PEERS, THREADS, TUNED_PEERS, WEIGHTS, Measured, Pair
+from deltafmt.pipeline import Pipeline
 from measure import Cell, Report, Timed, in_turns
 from plain_checkpoint import FLOATS, NUMPY, read_checkpoint, write_checkpoint
 
@@ -218,17 +218,17 @@ def codec(report: Report, work: Path, quick: bool, repeats: int) -> None:
     if not quick:
         pairs["fp32"] = Pair(fixtures.finetune(), fixtures.minilm(), "F32")
     rows: list[dict[str, Cell]] = []
-    with ThreadPoolExecutor(THREADS) as pool:
+    with Pipeline(THREADS) as pipeline:
         for title, pair in pairs.items():
             tensors = _in_memory(pair)
             size = sum(each.bits.nbytes for each in tensors)
-            encoded = patch_codec.encode(tensors, pool)
-            for each, out in zip(encoded, patch_codec.decode(encoded, pool), strict=True):
+            encoded = patch_codec.encode(tensors, pipeline)
+            for each, out in zip(encoded, patch_codec.decode(encoded, pipeline), strict=True):
                 if not np.array_equal(each.tuned.bits, out):
                     raise SystemExit(f"{title}: {each.tuned.name} is not the original")
             timed = {
-                "pack": Timed(partial(patch_codec.encode, tensors, pool)),
-                "unpack": Timed(partial(patch_codec.decode, encoded, pool)),
+                "pack": Timed(partial(patch_codec.encode, tensors, pipeline)),
+                "unpack": Timed(partial(patch_codec.decode, encoded, pipeline)),
                 "memory copy": Timed(lambda tensors=tensors: [each.bits.copy() for each in tensors]),
             }
             speed = {name: size / seconds / 1e6 for name, seconds in in_turns(timed, repeats).items()}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,9 @@ from deltafmt.methods.prediction import Elements, Referred
 from deltafmt.operators import Facts, Operator, Patch, Ref, Stored, Target, Value
 from deltafmt.operators.base import Read
 from deltafmt.pieces import PIECE_BYTES
+from deltafmt.pipeline import Pipeline
 from deltafmt.rebuild import good_step
+from deltafmt.scratch import STEP_BYTES
 from plain_checkpoint import Array
 
 
@@ -89,7 +89,7 @@ class _Memory:
         return lambda lo, hi, out: np.copyto(out, self._tuned.base[lo:hi])
 
 
-def encode(tensors: Sequence[Tuned], pool: ThreadPoolExecutor) -> list[Encoded]:
+def encode(tensors: Sequence[Tuned], pipeline: Pipeline) -> list[Encoded]:
     """Choose a coding for each tensor and encode its chunks, as `pack` does; the search for a merge is left out."""
 
     def coding(tuned: Tuned) -> Coding:
@@ -97,35 +97,39 @@ def encode(tensors: Sequence[Tuned], pool: ThreadPoolExecutor) -> list[Encoded]:
         base = Referred(Ref(tuned.name, "base"), dtype, tuned.base)
         return smallest(candidates(Elements(dtype, tuned.shape, tuned.bits), [base]))
 
-    codings = list(pool.map(coding, tensors))
+    codings = pipeline.ordered(tensors, coding, lambda tuned: tuned.bits.nbytes)
+    return [Encoded(tuned, coding, list(_chunks(coding, pipeline))) for tuned, coding in list(codings)]
 
-    def several(coding: Coding, first: int) -> list[tuple[Array, list[int]]]:
-        return [_as_in_a_file(planes) for _, planes in coding.several(first)]
 
-    chunks = [pool.map(partial(several, coding), range(0, coding.chunks, coding.together)) for coding in codings]
-    return [
-        Encoded(tuned, coding, list(chain.from_iterable(found)))
-        for tuned, coding, found in zip(tensors, codings, chunks, strict=True)
-    ]
+def _chunks(coding: Coding, pipeline: Pipeline) -> Iterator[tuple[Array, list[int]]]:
+    firsts = range(0, coding.chunks, coding.together)
+    in_turn = (coding.several(first) for first in firsts)
+    if not coding.is_encoded:
+        side_by_side = pipeline.ordered(firsts, coding.several, lambda _: STEP_BYTES)
+        in_turn = (found for _, found in side_by_side)
+    for chunks in in_turn:
+        for _, planes in chunks:
+            yield _as_in_a_file(planes)
 
 
 def _as_in_a_file(planes: Sequence[Any]) -> tuple[Array, list[int]]:
     return np.frombuffer(b"".join(planes), np.uint8), list(accumulate(len(memoryview(plane)) for plane in planes))
 
 
-def decode(encoded: Sequence[Encoded], pool: ThreadPoolExecutor) -> list[Array]:
+def decode(encoded: Sequence[Encoded], pipeline: Pipeline) -> list[Array]:
     """The way back, into fresh memory, in pieces as large as those of `unpack`."""
     outs = [np.empty_like(each.tuned.bits) for each in encoded]
     jobs = (
-        (value, begin, min(begin + step, out.size), out)
+        (value, begin, out[begin : begin + step])
         for each, out in zip(encoded, outs, strict=True)
         for value, step in [(each.value(), good_step(each.tuned.shape, out.itemsize, PIECE_BYTES // out.itemsize))]
         for begin in range(0, out.size, step)
     )
 
-    def rebuild(job: tuple[Value, int, int, Array]) -> None:
-        value, lo, hi, out = job
-        value.bits(lo, hi, out[lo:hi])
+    def rebuild(job: tuple[Value, int, Array]) -> None:
+        value, lo, out = job
+        value.bits(lo, lo + out.size, out)
 
-    list(pool.map(rebuild, jobs))
+    for _ in pipeline.ordered(jobs, rebuild, lambda job: job[2].nbytes):
+        pass
     return outs

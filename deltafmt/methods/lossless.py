@@ -92,6 +92,11 @@ class Coding:
             return difference(elements, predicted, self.dtype), None
         return difference_in_groups(self.groups, grouping, self.encoding.chunk, elements, predicted, self.dtype)
 
+    @property
+    def is_encoded(self) -> bool:
+        """Whether `several` has all there is left to hand out."""
+        return len(self._encoded) == self.chunks
+
     def encode(self) -> None:
         """Encode every chunk now, to be handed out by `several` later."""
         for first in range(0, self.chunks, self.together):

@@ -150,7 +150,7 @@ WITH_AVX2 static void NAME(from_few_groups_of_chunk)(const TYPE *restrict groupe
         places[g] = place;
         ends[g] = place += count_equal(numbers, total, (uint8_t)g);
         misses[g] = NAME(next_miss)(grouped, places[g], ends[g]);
-        dense[g] = SPARSE * NAME(count_misses)(grouped, places[g], ends[g]) > ends[g] - places[g];
+        dense[g] = SPARSE * NAME(count_misses)(grouped, places[g], ends[g]) > total;
         if (dense[g]) misses[g] = -1;
     }
     for (int64_t begin = 0; begin < total; begin += STEP) {
