@@ -85,6 +85,15 @@ def test_full_rank_leaves_more_than_noise(dtype: Dtype, ulps: float) -> None:
     assert not leaves_noise(base, added(base, decaying, dtype), dtype)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_rounding_to_zero_leaves_no_noise(dtype: Dtype) -> None:
+    """Of a pruned model that was trained on, the zeros say nothing of how exact the others are."""
+    kept = np.random.default_rng(6).random((256, 600)) < 0.1
+    base = based(256, 600, dtype) * kept
+    noise = 3 * ULP[dtype.name] * gaussian(256, 600, seed=4) * kept
+    assert not leaves_noise(base, added(base, noise, dtype), dtype)
+
+
 def test_neither_nothing_nor_infinity_leaves_noise() -> None:
     base = based(200, 200)
     bits = added(base, 0 * base)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..dtypes import SILENT, Dtype, widen
+from ..dtypes import SILENT, Bits, Dtype, widen
 from ..gemm import alone
+from ..operators.groups import exponent_mask, exponents
 from .matrices import Matrix, spread
 
 _SIDES = {1 << 20: 192, 1 << 22: 256, 1 << 24: 384}  # of the part looked at: of matrices with fewer elements than that
@@ -65,8 +66,7 @@ def remainder(base: Matrix, bits: Matrix, dtype: Dtype, side: int) -> Remainder:
     with np.errstate(**SILENT):
         difference = stored - base[part]
     total = float(np.sum(np.square(difference)))
-    ulps = np.ldexp(1.0, np.frexp(stored)[1] - 1 - dtype.mantissa_bits)
-    noise = float(np.sum(np.square(ulps))) / 12 + _PRODUCT * total
+    noise = _rounding_noise(bits[part], dtype) + _PRODUCT * total
     if not np.isfinite(total):
         return Remainder(False, 1.0)
     if total <= noise:  # weights that start on the grid do not move at all if they move by less than half a step
@@ -77,3 +77,10 @@ def remainder(base: Matrix, bits: Matrix, dtype: Dtype, side: int) -> Remainder:
     kept = len(energies) - len(energies) // _COMPONENTS
     left = float(energies[:kept].sum())
     return Remainder(left <= _TOLERANCE * noise * (1 - 1 / _COMPONENTS) ** 2, left / total)
+
+
+def _rounding_noise(bits: Bits, dtype: Dtype) -> float:
+    """The energy that rounding to these elements is expected to leave: a twelfth of the square of each last place."""
+    counts = np.bincount(exponents(bits.reshape(-1), dtype))
+    exponent = np.maximum(np.arange(len(counts)), 1) - exponent_mask(dtype) // 2 - dtype.mantissa_bits
+    return float(counts @ np.ldexp(1 / 12, 2 * exponent))
