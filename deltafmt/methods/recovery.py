@@ -26,9 +26,10 @@ _ROUGH_BITS = 5.0  # of an entry of the factors
 _PROMISES = 0.9  # a part must promise to lower the stored bits to this
 _PAYS = 0.97  # factors must lower the stored bits to this: a rebuild with them takes longer
 _WIDE_PAYS = 0.5  # and factors that need a float64 rebuild to this part of what others take
-_SAMPLE = 1 << 19  # elements that bits are counted on
+_SAMPLE = 1 << 17  # elements that bits are counted on
 _ACCUMULATORS = (np.dtype(np.float32), np.dtype(np.float64))
 _LARGEST_EXPONENT = 100
+_STEPS = (4, 2, 1)  # of the search for the scale, in halves of a bit
 _USUAL_ERROR = 0.01  # ulps that rounding the factors may add: where the search for their scale starts
 
 
@@ -176,10 +177,11 @@ class _Rounding:
         shift = min(guess, finest)
         while bits(shift) == math.inf and shift > guess - 60:  # int16 may be narrower than the bound
             shift -= 1
-        while bits(shift + 1) < bits(shift):
-            shift += 1
-        while bits(shift - 1) < bits(shift):
-            shift -= 1
+        for step in _STEPS:
+            while bits(shift + step) < bits(shift):
+                shift += step
+            while bits(shift - step) < bits(shift):
+                shift -= step
         self.limited = bits(shift + 1) == math.inf
         best, least = tried[shift]
         while best is not None and len(best.a) > 1:

@@ -59,13 +59,19 @@ def grouped_bits(residual: Integers, group: Integers) -> float:
 
 def integer_bits(values: npt.NDArray[Any]) -> float:
     """Bits to code integers, every row with its own table for the leading bits; those below are noise, spelt out."""
-    total = 0.0
-    for row in values.astype(np.int64):
-        spelt_out = max(0, int(np.frexp(np.std(row))[1]) - _LEADING_BITS)
-        counts = np.unique(row >> spelt_out, return_counts=True)[1].astype(np.float64)
-        unseen = 0.5 * len(counts) * math.log2(math.e)  # a table from few values is too good (Miller 1955)
-        total += _total_entropy(counts[None]) + unseen + spelt_out * len(row)
-    return total
+    if not values.size:
+        return 0.0
+    rows = values.astype(np.int64)
+    spelt_out = np.maximum(np.frexp(rows.std(axis=1))[1] - _LEADING_BITS, 0)
+    leading = rows >> spelt_out[:, None]
+    leading -= leading.min(axis=1, keepdims=True)
+    spans = leading.max(axis=1) + 1
+    counts = np.bincount((leading + (np.cumsum(spans) - spans)[:, None]).reshape(-1)).astype(np.float64)
+    used = counts[counts > 0]
+    unseen = 0.5 * len(used) * math.log2(math.e)  # a table from few values is too good (Miller 1955)
+    columns = rows.shape[1]
+    entropy = rows.size * math.log2(columns) - np.sum(used * np.log2(used))
+    return float(entropy + unseen + spelt_out.sum() * columns)
 
 
 def _total_entropy(counts: npt.NDArray[np.float64]) -> float:
