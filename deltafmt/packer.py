@@ -24,8 +24,6 @@ from .scratch import BufferPool
 from .version import __version__
 from .writer import ArchiveWriter
 
-_FEW_CHUNKS = 16  # a tensor of more is encoded by all threads together, chunk by chunk
-
 
 @dataclass(frozen=True)
 class _Prepared:
@@ -123,8 +121,7 @@ class Packer:
             return _Prepared(found, bits)
         bases = list(self._predictions(name, info))
         coding = choose(name, Elements(info.dtype, info.shape, bits), bases)
-        if coding.chunks <= _FEW_CHUNKS:
-            coding.encode()
+        coding.prepare()
         return _Prepared(found, bits, coding, bases=bases)
 
     def _read(self, checkpoint: Checkpoint, name: str) -> Bits:
@@ -214,20 +211,13 @@ class Packer:
         )
 
     def _chunks(self, coding: Coding, running: Any) -> Iterator[list[Any]]:
-        width = coding.together * coding.encoding.chunk * coding.dtype.width
         done = self._done
-        firsts = range(0, coding.chunks, coding.together)
-        in_turn = (coding.several(first) for first in firsts)
-        if not coding.is_encoded:
-            side_by_side = self._pipeline.ordered(firsts, coding.several, lambda _: 2 * width, 32 << 20)
-            in_turn = (found for _, found in side_by_side)
-        for chunks in in_turn:
-            for elements, planes in chunks:
-                if running is not None:
-                    running.update(elements)
-                self._done += elements.nbytes
-                self._progress(self._done, self._total, "")
-                yield planes
+        for elements, planes in coding.encoded(self._pipeline):
+            if running is not None:
+                running.update(elements)
+            self._done += elements.nbytes
+            self._progress(self._done, self._total, "")
+            yield planes
         self._done = done
 
     @property

@@ -8,14 +8,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 IN_FLIGHT_BYTES = 192 << 20
-_TOGETHER = 1 << 16  # bytes: to hand less than that over to a thread takes longer than what it does with it
+_RUN_BYTES = 1 << 16  # smaller runs cost more to hand to a thread than to work on
 
 
 def default_jobs() -> int:
@@ -75,23 +76,24 @@ class Pipeline:
         nbytes: Callable[[_Item], int],
         limit: int = IN_FLIGHT_BYTES,
     ) -> Iterator[tuple[_Item, _Result]]:
-        """Do `work` on every item in parallel, on small ones together; yield items and results in order.
+        """Do `work` on every item in parallel; yield items and results in order.
 
-        No item is begun while those begun and not yet asked past weigh more than `limit` bytes with it, except one
-        alone.
+        Items are handed over in runs of at least 64 KiB, each run to one thread. No run is begun while those begun and
+        not yet asked past weigh more than `limit` bytes with it, unless none is. What `work` raises is raised in its
+        item's turn, after the results of the items before it.
         """
-        waiting: deque[tuple[list[_Item], int, Future[tuple[list[_Result], BaseException | None]]]] = deque()
+        waiting: deque[tuple[list[_Item], int, Future[_Outcome[_Result]]]] = deque()
         weight = 0
-        for several, size in _together(items, nbytes):
+        for run, size in _runs(items, nbytes):
             while waiting and (weight + size > limit or len(waiting) > 64 * self.jobs):
                 first, first_size, future = waiting.popleft()
-                yield from _finished(first, future)
+                yield from _results(first, future.result())
                 weight -= first_size
-            waiting.append((several, size, self._pool.submit(_each, several, work)))
+            waiting.append((run, size, self._pool.submit(_outcome, run, work)))
             weight += size
         while waiting:
             first, _, future = waiting.popleft()
-            yield from _finished(first, future)
+            yield from _results(first, future.result())
 
     def __enter__(self) -> Pipeline:
         return self
@@ -102,38 +104,42 @@ class Pipeline:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _together(items: Iterable[_Item], nbytes: Callable[[_Item], int]) -> Iterator[tuple[list[_Item], int]]:
-    """Items one after the other as they are handed over, and what they weigh."""
-    several: list[_Item] = []
+def _runs(items: Iterable[_Item], nbytes: Callable[[_Item], int]) -> Iterator[tuple[list[_Item], int]]:
+    """Items in runs of at least `_RUN_BYTES` (the last may have less), and what each weighs."""
+    run: list[_Item] = []
     weight = 0
     for item in items:
-        several.append(item)
+        run.append(item)
         weight += nbytes(item)
-        if weight >= _TOGETHER:
-            yield several, weight
-            several, weight = [], 0
-    if several:
-        yield several, weight
+        if weight >= _RUN_BYTES:
+            yield run, weight
+            run, weight = [], 0
+    if run:
+        yield run, weight
 
 
-def _each(items: list[_Item], work: Callable[[_Item], _Result]) -> tuple[list[_Result], BaseException | None]:
-    """What `work` returns for each item, up to the first for which it raises something, and that."""
-    found: list[_Result] = []
+@dataclass(frozen=True)
+class _Outcome(Generic[_Result]):
+    """What `work` returned for each item of a run, up to the first for which it raised something, and that."""
+
+    results: list[_Result]
+    error: BaseException | None
+
+
+def _outcome(run: list[_Item], work: Callable[[_Item], _Result]) -> _Outcome[_Result]:
+    results: list[_Result] = []
     try:
-        for item in items:
-            found.append(work(item))  # noqa: PERF401 (what was found before an error counts)
+        for item in run:
+            results.append(work(item))  # noqa: PERF401 (what was found before an error counts)
     except BaseException as error:
-        return found, error
-    return found, None
+        return _Outcome(results, error)
+    return _Outcome(results, None)
 
 
-def _finished(
-    items: list[_Item], future: Future[tuple[list[_Result], BaseException | None]]
-) -> Iterator[tuple[_Item, _Result]]:
-    found, error = future.result()
-    yield from zip(items, found, strict=error is None)
-    if error is not None:
-        raise error
+def _results(run: list[_Item], outcome: _Outcome[_Result]) -> Iterator[tuple[_Item, _Result]]:
+    yield from zip(run, outcome.results, strict=outcome.error is None)
+    if outcome.error is not None:
+        raise outcome.error
 
 
 class Room:

@@ -132,14 +132,16 @@ def test_kinds_by_exponent(name: str, size: int, step: int, seed: int) -> None:
     st.sampled_from([0, 1, 31, 32, 33, 511, 512, 513, 3000]),
     st.sampled_from([1, 100, 512, 600, 5000]),
     st.booleans(),
+    st.sampled_from([0, 0.001, 0.02, 1]),
     st.integers(0, 99),
 )
 def test_residuals_in_order_of_groups(
-    width: int, groups: int, size: int, chunk: int, mirrored: bool, seed: int
+    width: int, groups: int, size: int, chunk: int, mirrored: bool, missed: float, seed: int
 ) -> None:
-    """A stable sort by the number within each chunk, whichever way it is done; and back."""
+    """A stable sort by the number within each chunk, whichever way it is done, however many are zero; and back."""
     random = np.random.default_rng(seed)
-    target, predicted = bits(width, size, seed), bits(width, size, seed + 1)
+    predicted = bits(width, size, seed + 1)
+    target = np.where(random.random(size) < missed, bits(width, size, seed), predicted)
     numbers = (groups * random.random(size) ** 3).astype(np.uint8)
     up = random.random(size) < 0.5 if mirrored else None
     sorted_, back = np.empty_like(target), predicted.copy()

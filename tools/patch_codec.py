@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -18,7 +18,6 @@ from deltafmt.operators.base import Read
 from deltafmt.pieces import PIECE_BYTES
 from deltafmt.pipeline import Pipeline
 from deltafmt.rebuild import good_step
-from deltafmt.scratch import STEP_BYTES
 from plain_checkpoint import Array
 
 
@@ -48,7 +47,7 @@ class Encoded:
         return table + sum(chunk.nbytes for chunk, _ in self.chunks)
 
     def value(self) -> Value:
-        """What rebuilds the tensor, a chunk at a time."""
+        """What rebuilds any range of the tensor."""
         coding, dtype = self.coding, DTYPES[self.tuned.dtype]
         recipe: Operator = Stored("residual")
         if coding.prediction is not None:
@@ -95,21 +94,15 @@ def encode(tensors: Sequence[Tuned], pipeline: Pipeline) -> list[Encoded]:
     def coding(tuned: Tuned) -> Coding:
         dtype = DTYPES[tuned.dtype]
         base = Referred(Ref(tuned.name, "base"), dtype, tuned.base)
-        return smallest(candidates(Elements(dtype, tuned.shape, tuned.bits), [base]))
+        coding = smallest(candidates(Elements(dtype, tuned.shape, tuned.bits), [base]))
+        coding.prepare()
+        return coding
 
     codings = pipeline.ordered(tensors, coding, lambda tuned: tuned.bits.nbytes)
-    return [Encoded(tuned, coding, list(_chunks(coding, pipeline))) for tuned, coding in list(codings)]
-
-
-def _chunks(coding: Coding, pipeline: Pipeline) -> Iterator[tuple[Array, list[int]]]:
-    firsts = range(0, coding.chunks, coding.together)
-    in_turn = (coding.several(first) for first in firsts)
-    if not coding.is_encoded:
-        side_by_side = pipeline.ordered(firsts, coding.several, lambda _: STEP_BYTES)
-        in_turn = (found for _, found in side_by_side)
-    for chunks in in_turn:
-        for _, planes in chunks:
-            yield _as_in_a_file(planes)
+    return [
+        Encoded(tuned, coding, [_as_in_a_file(planes) for _, planes in coding.encoded(pipeline)])
+        for tuned, coding in codings
+    ]
 
 
 def _as_in_a_file(planes: Sequence[Any]) -> tuple[Array, list[int]]:

@@ -80,29 +80,30 @@ def best_low_bits(chunks: Sequence[tuple[Bits, Sequence[int]]], signed: bool, ef
     Args:
         chunks: `bits` and `lengths` of each, as in `encode`.
         signed: as in `encode`.
-        effort: how many samples to take.
+        effort: how large samples are.
     """
     cut = [_cut(_fold(bits) if signed else bits, lengths) for bits, lengths in chunks]
-    of_segments = [[part for part in alike if part.size] for alike in zip(*cut, strict=True)]
-    best = [0] * len(of_segments)
-    there = [index for index, parts in enumerate(of_segments) if parts]
-    if not there:
+    alike = [[part for part in parts if part.size] for parts in zip(*cut, strict=True)]
+    best = [0] * len(alike)
+    filled = [index for index, parts in enumerate(alike) if parts]
+    if not filled:
         return best
-    sampled = [_sample(of_segments[index], effort * _SAMPLE) for index in there]
+    sampled = [_sample(alike[index], effort * _SAMPLE) for index in filled]
     sizes = [sum(part.size for part in parts) for parts in sampled]
     together = np.concatenate(list(chain.from_iterable(sampled)))
-    samples = _cut(together, sizes)
-    ways, maxima = _ways(together, sizes)
-    tried = [(place, bits) for place, of_sample in enumerate(ways) for bits in of_sample]
+    ways, longest = _ways(together, sizes), _longest(together, sizes)
+    tried = [
+        (sample, _Kind(sample.size, bits, _plane_count(most, bits)))
+        for sample, of_sample, most in zip(_cut(together, sizes), ways, longest, strict=True)
+        for bits in of_sample
+    ]
     if not tried:
         return best
-    kinds = [_Kind(sizes[place], bits, _plane_count(maxima[place], bits)) for place, bits in tried]
-    planes = iter(zstd.compress(_split(np.concatenate([samples[place] for place, _ in tried]), kinds)))
-    coded = [sum(map(len, islice(planes, kind.planes))) for kind in kinds]
-    least: dict[int, tuple[int, int]] = {}
-    for (place, bits), size in zip(tried, coded, strict=True):
-        least[place] = min(least.get(place, (size, bits)), (size, bits))
-        best[there[place]] = least[place][1]
+    kinds = [kind for _, kind in tried]
+    planes = iter(zstd.compress(_split(np.concatenate([sample for sample, _ in tried]), kinds)))
+    coded = iter([sum(map(len, islice(planes, kind.planes))) for kind in kinds])
+    for index, of_sample in zip(filled, ways, strict=True):
+        best[index] = min(zip(islice(coded, len(of_sample)), of_sample, strict=True), default=(0, 0))[1]
     return best
 
 
@@ -112,29 +113,28 @@ def _sample(parts: Sequence[Bits], elements: int) -> list[Bits]:
     return [part[::step] for part in parts]
 
 
-def _ways(values: Bits, sizes: Sequence[int]) -> tuple[list[Sequence[int]], list[int]]:
-    """Of samples of these sizes, one behind the other, the numbers of low bits that may suit them, and the largest
-    element."""
+def _ways(values: Bits, sizes: Sequence[int]) -> list[Sequence[int]]:
+    """The numbers of low bits that may suit samples of these sizes, one behind the other."""
     begins = list(accumulate(sizes, initial=0))[:-1]
-    maxima = np.maximum.reduceat(values, begins).tolist()
-    more, most = (np.add.reduceat(values > least, begins, dtype=np.int64).tolist() for least in (0, 3))
+    beyond = [np.add.reduceat(values > least, begins, dtype=np.int64).tolist() for least in (0, 1, 3)]
+    return [_ways_of(*of_sample) for of_sample in zip(sizes, *beyond, strict=True)]
 
-    def ways(largest: int, over_0: int, over_3: int, size: int) -> Sequence[int]:
-        if largest == 0:
-            return ()
-        # Of many that are not zero, the lowest bit by itself is as good as random.
-        if largest == 1 or 2 * over_0 < size:
-            return _LOW_BITS
-        # Nor are the two lowest of many that are larger.
-        return _LOW_BITS[2:] if 2 * over_3 > size else _LOW_BITS[1:]
 
-    return [ways(*each) for each in zip(maxima, more, most, sizes, strict=True)], maxima
+def _ways_of(elements: int, beyond_0: int, beyond_1: int, beyond_3: int) -> Sequence[int]:
+    """The same for a sample of which so many elements are larger than 0, 1 and 3."""
+    if not beyond_0:
+        return ()
+    # Of many that are not zero, the lowest bit by itself is as good as random.
+    if not beyond_1 or 2 * beyond_0 < elements:
+        return _LOW_BITS
+    # Nor are the two lowest of many that are larger.
+    return _LOW_BITS[2:] if 2 * beyond_3 > elements else _LOW_BITS[1:]
 
 
 def _encode(values: Bits, lengths: Sequence[Sequence[int]], low_bits: Sequence[Sequence[int]]) -> list[bytes]:
     """All chunks in one step. `low_bits`: of each segment of each."""
-    maxima = iter(_maxima(values, [count for of_chunk in lengths for count in of_chunk]))
-    kinds = [_kinds(*of_chunk, maxima) for of_chunk in zip(lengths, low_bits, strict=True)]
+    longest = iter(_longest(values, [count for of_chunk in lengths for count in of_chunk]))
+    kinds = [_kinds(*of_chunk, longest) for of_chunk in zip(lengths, low_bits, strict=True)]
     planes = iter(_stored(_split(values, [kind for of_chunk in kinds for kind in of_chunk])))
     chunks: list[bytes] = []
     for of_chunk in kinds:
@@ -147,10 +147,10 @@ def _encode(values: Bits, lengths: Sequence[Sequence[int]], low_bits: Sequence[S
     return chunks
 
 
-def _kinds(lengths: Sequence[int], low_bits: Sequence[int], maxima: Iterator[int]) -> list[_Kind]:
-    """How each segment of a chunk that is not empty is packed. Takes the largest element of each from `maxima`."""
+def _kinds(lengths: Sequence[int], low_bits: Sequence[int], longest: Iterator[int]) -> list[_Kind]:
+    """How each segment of a chunk that is not empty is packed. Takes what `_longest` says of each."""
     kinds: list[_Kind] = []
-    for count, bits, most in zip(lengths, low_bits, islice(maxima, len(lengths)), strict=True):
+    for count, bits, most in zip(lengths, low_bits, islice(longest, len(lengths)), strict=True):
         if most > 0:
             kinds.append(_Kind(count, bits or 8, _plane_count(most, bits or 8)))
         elif count > 0:
@@ -163,10 +163,10 @@ def _cut(values: Bits, lengths: Sequence[int]) -> list[Bits]:
     return [values[end - length : end] for end, length in zip(accumulate(lengths), lengths, strict=True)]
 
 
-def _maxima(values: Bits, lengths: Sequence[int]) -> list[int]:
+def _longest(values: Bits, lengths: Sequence[int]) -> list[int]:
     """Of each segment a number as many bits long as its largest."""
     if native.available():
-        return native.segment_maxima(values, lengths)
+        return native.segment_longest(values, lengths)
     return [int(part.max(initial=0)) for part in _cut(values, lengths)]
 
 

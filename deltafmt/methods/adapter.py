@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +12,16 @@ from ..dtypes import Dtype
 from ..gemm import alone
 from .magnitudes import have_magnitudes, magnitudes, rough_magnitudes, row_products
 from .matrices import Matrix, Wide, spread
-from .pair import HUGE, Pair, Part, are_ordinary
+from .pair import Pair, Part, are_small
 from .recovery import PART, IntegerFactors, most_components, promising, recover
 from .rounded_fit import room_to_fit
 from .sketch import Remainder, leaves_noise, looked_at_closely, remainder, side_of_part
 
-_REPLACED = 10  # times as much as usual has a row changed, and more than it was, that was replaced: a new token's
-_CONCENTRATED = 0.01  # of a change is left by few components: low rank times magnitudes that follow it (DoRA)
-_SPREAD = 0.02  # of a change: if rough magnitudes and few components leave more, better ones will not make it low rank
+_REPLACED = 10  # times the median change, and more than its own norm: a row that changed so was replaced, as new tokens
+_CONCENTRATED = 0.01  # share of a change: if few components leave less, there may be magnitudes that follow them (DoRA)
+_NOT_LOW_RANK = 0.02  # if rough magnitudes and few components leave more of it, better magnitudes will not help
 
-_Magnitudes = Callable[[Matrix, Matrix], Wide]
+Kind = Literal["lora", "dora"]
 
 
 class Adapter(NamedTuple):
@@ -29,53 +29,53 @@ class Adapter(NamedTuple):
 
     Attributes:
         factors: of the low-rank matrix, of all rows of the tensor.
-        magnitudes: float64 `[all rows]`, as they are stored; None if there are none.
+        magnitudes: float32, of F32 float64 `[all rows]`, as they are stored; None if there are none.
     """
 
     factors: IntegerFactors
     magnitudes: Wide | None
 
 
-def may_be_merged(pair: Pair, some: Part) -> Callable[[], Adapter | None] | None:
-    """Whether few components, added to the rows or to multiples of them, seem to explain how they changed.
+def likely_kind(pair: Pair, some: Part) -> Kind | None:
+    """Which adapter seems to explain how these rows changed: a look of milliseconds. None if most likely none.
 
     Args:
         pair: what changed.
         some: of its rows as many as tell, in all columns.
-
-    Returns:
-        What looks for the adapter, in seconds; None if there is most likely none, in milliseconds.
     """
     side = side_of_part(pair.shape)
     left = remainder(some.base, some.bits, pair.dtype, side)
     left = looked_at_closely(left, pair.base, pair.bits, pair.dtype)
     likely: _Magnitudes | None = None
     if have_magnitudes(some.base, some.changed) or (not left.is_noise and left.share < _CONCENTRATED):
-        likely, left = _grown(some, pair.dtype, side)
+        likely, left = _likely_magnitudes(some, pair.dtype, side)
     if not (left.is_noise and _is_promising(pair, likely)):
         return None
-    return lambda: _adapter(pair, has_magnitudes=likely is not None)
+    return "lora" if likely is None else "dora"
 
 
-def _adapter(pair: Pair, has_magnitudes: bool) -> Adapter | None:
-    """Low rank added to these rows, or to multiples of them, but for those that were replaced."""
+def find_adapter(pair: Pair, kind: Kind) -> Adapter | None:
+    """Low rank added to these rows, or to multiples of them, but for those that were replaced: a search of seconds.
+
+    None if there is none after all.
+    """
     with room_to_fit(pair.shape, pair.wide, most_components(pair.shape)), alone():
-        pair = pair.only(~_are_replaced(pair.base, pair.changed))
-        if has_magnitudes:
-            scales = magnitudes(pair.base, pair.changed)
-            if not np.abs(scales).max(initial=0) < HUGE:
-                return None
-            pair = pair.times(scales)
-            if not are_ordinary(pair.base):
-                return None
-        found = recover(pair.base, pair.bits, pair.dtype) if leaves_noise(pair.base, pair.bits, pair.dtype) else None
+        kept: Pair | None = pair.only(~_are_replaced(pair.base, pair.changed))
+        if kept is not None and kind == "dora":
+            kept = kept.with_scales(magnitudes(kept.base, kept.changed))
+        if kept is None or not leaves_noise(kept.base, kept.bits, kept.dtype):
+            return None
+        found = recover(kept.base, kept.bits, kept.dtype)
     if found is None:
         return None
-    factors = IntegerFactors(pair.spread_out(found.b.T, 0).T, found.a, found.exponent)
-    return Adapter(factors, None if pair.scales is None else pair.spread_out(pair.scales, 1))
+    factors = IntegerFactors(kept.to_all_rows(found.b.T, 0).T, found.a, found.exponent)
+    return Adapter(factors, None if kept.scales is None else kept.to_all_rows(kept.scales, 1))
 
 
-def _grown(some: Part, dtype: Dtype, side: int) -> tuple[_Magnitudes, Remainder]:
+_Magnitudes = Callable[[Matrix, Matrix], Wide]
+
+
+def _likely_magnitudes(some: Part, dtype: Dtype, side: int) -> tuple[_Magnitudes, Remainder]:
     """What tells the magnitudes of these rows well enough to look at them, and what they leave.
 
     `magnitudes` takes several passes. Where all weights were trained, with weight decay, rough ones leave too much
@@ -84,7 +84,7 @@ def _grown(some: Part, dtype: Dtype, side: int) -> tuple[_Magnitudes, Remainder]
     multiples = _multiplied(some.base, rough_magnitudes(some.base, some.changed))
     if multiples is not None:
         left = remainder(multiples, some.bits, dtype, side)
-        if left.is_noise or left.share > _SPREAD:
+        if left.is_noise or left.share > _NOT_LOW_RANK:
             return rough_magnitudes, left
     multiples = _multiplied(some.base, magnitudes(some.base, some.changed))
     return magnitudes, remainder(some.base if multiples is None else multiples, some.bits, dtype, side)
@@ -103,7 +103,7 @@ def _is_promising(pair: Pair, likely: _Magnitudes | None) -> bool:
 
 def _multiplied(base: Wide, numbers: Wide) -> Wide | None:
     """Each row times its number; None where one is huge."""
-    return base * numbers.astype(base.dtype)[:, None] if np.abs(numbers).max(initial=0) < HUGE else None
+    return base * numbers.astype(base.dtype)[:, None] if are_small(numbers) else None
 
 
 def _are_replaced(base: Matrix, changed: Matrix) -> npt.NDArray[np.bool_]:

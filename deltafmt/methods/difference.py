@@ -177,11 +177,6 @@ class Difference:
 
 def encoded_bytes(coding: Coding) -> int:
     """Bytes that an array takes in an archive, chunk table included; counted, not estimated."""
-    planes = (
-        plane
-        for first in range(0, coding.chunks, coding.together)
-        for _, chunk in coding.several(first)
-        for plane in chunk
-    )
+    planes = (plane for _, chunk in coding.encoded() for plane in chunk)
     table = 8 * coding.encoding.table_words(coding.array_dtype, coding.bits.size)
     return table + sum(memoryview(plane).nbytes for plane in planes)

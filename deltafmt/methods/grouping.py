@@ -19,7 +19,7 @@ group by margin there is little to code."""
 _ZERO = 253  # one less than the top 10 bits of 1.0 as a float32
 _LEARNT = 0.72  # bits: by so much each frequency that is learnt from a sample makes its entropy too small (Miller 1955)
 _FRACTION = 1 << 10
-"""Of a bit: costs are counted in whole ones, so that they are the same numbers wherever they are added up."""
+"""Of a bit. Costs are whole numbers of these, so that C and numpy compare the same ones."""
 
 Counts = npt.NDArray[np.integer[Any]]
 Sums = npt.NDArray[np.int64]
@@ -67,8 +67,8 @@ def margin_bounds(keys: Keys, missed: npt.NDArray[np.bool_], elements: int) -> t
         elements: how many there are in a chunk.
     """
     values, which = np.unique(keys, return_inverse=True)
-    misses = np.bincount(which, weights=missed).astype(np.int64)
-    return _cheapest(values, np.stack([np.bincount(which) - misses, misses], axis=1), 0, elements, _BY_MARGIN)
+    counts = np.stack([np.bincount(which[some], minlength=len(values)) for some in (~missed, missed)], axis=1)
+    return _cheapest(values, counts, 0, elements, _BY_MARGIN)
 
 
 def _cheapest(
@@ -86,10 +86,10 @@ def _cheapest(
     sums = np.zeros((len(counts) + 1, counts.shape[1]), np.int64)
     np.cumsum(counts, axis=0, out=sums[1:])
     total = int(sums[-1].sum())
-    # Costs of a chunk, times the size of the sample.
+    # What a chunk takes, times the elements of the sample, in fractions of a bit.
     prices = round(learnt * _FRACTION), elements, 8 * group_bytes * _FRACTION * total
-    weighted = _weighted((total + 1).bit_length())
-    before = (native.cheapest_groups if native.available() else _shortest_path)(sums, weighted, *prices)
+    weighted = _weighted(total.bit_length())
+    before = (native.cheapest_begins if native.available() else _cheapest_begins)(sums, weighted, *prices)
     bounds: list[int] = []
     place = before[len(values)]
     while place > 0:
@@ -98,8 +98,16 @@ def _cheapest(
     return tuple(bound for bound in bounds[-MOST_BOUNDS:] if 0 < bound <= LARGEST_BOUND)
 
 
-def _shortest_path(sums: Sums, weighted: Sums, learnt: int, elements: int, group: int) -> list[int]:
-    """Of the first 0, 1, 2, ... values where the last of the groups that cost least begins."""
+def _cheapest_begins(sums: Sums, weighted: Sums, learnt: int, elements: int, group: int) -> list[int]:
+    """Where the last group of the first 0, 1, 2, ... values begins, if these cost least: a shortest path.
+
+    Args:
+        sums: `[n + 1, kinds]`, how many of each kind there are in the first so many values.
+        weighted: `_weighted` of numbers up to the last of their sums.
+        learnt: of each kind that there is in a group, in fractions of a bit.
+        elements: of a chunk.
+        group: of each group, in fractions of a bit times the elements of the sample.
+    """
     least = np.zeros(len(sums), np.int64)
     before = [0]
     for end in range(1, len(sums)):
@@ -113,7 +121,9 @@ def _shortest_path(sums: Sums, weighted: Sums, learnt: int, elements: int, group
 
 @lru_cache(maxsize=4)
 def _weighted(length: int) -> Sums:
-    """`n log2 n` of each number of so many binary digits: the bits of `n` alike elements are that of all less the sum
-    of that of each kind."""
+    """`n log2 n` for every `n < 2**length`, in fractions of a bit.
+
+    Elements take that of all of them less that of each kind.
+    """
     numbers = np.arange(1 << length)
     return np.rint(numbers * np.log2(np.maximum(numbers, 1)) * _FRACTION).astype(np.int64)

@@ -11,11 +11,14 @@ from ..encodings import Encoding, best_low_bits, compressed, encode_chunk, encod
 from ..operators import Operator, Patch, Stored
 from ..operators.groups import Groups
 from ..operators.patch import difference, difference_in_groups
+from ..pipeline import Pipeline
 from ..scratch import STEP_BYTES
 from ..writer import ArchiveWriter
 from .merged import computed
 from .prediction import Elements, Prediction, Referred
 
+_FEW_CHUNKS = 16  # of a tensor that one thread encodes
+_IN_FLIGHT_BYTES = 32 << 20
 _MOST_EFFORT = 8  # put into finding out how chunks are best packed
 _GUESSED = 1 << 12  # elements
 _UNSURE = 2  # times as much as what a sample tells may be right
@@ -25,8 +28,6 @@ _SMALL = 1 << 14  # elements; the groups of a larger tensor always pay
 @dataclass(frozen=True)
 class Coding:
     """How to store one tensor's elements: as they are, or as the residual of a prediction.
-
-    Chunks are independent of each other, so `several` may run side by side.
 
     Attributes:
         groups: how the residuals are grouped, if they are; the encoding is then `encodings.residuals`.
@@ -50,19 +51,39 @@ class Coding:
         return self.encoding.chunks(self.bits.size)
 
     def recipe(self, name: str, array: str, writer: ArchiveWriter) -> Operator:
-        """The recipe of tensor `name`, once `array` holds what `chunk` gives. Writes what the prediction needs."""
+        """The recipe of tensor `name`, once `array` holds what `encoded` gives. Writes what the prediction needs."""
         if self.prediction is None:
             return Stored(array)
         return Patch(self.prediction.write(name, writer), Stored(array), self.groups)
 
+    def prepare(self) -> None:
+        """Encode it now if there is little of it; what is larger is left to all threads together."""
+        if self.chunks <= _FEW_CHUNKS:
+            for first in range(0, self.chunks, self._together):
+                self._encoded.update(enumerate(self._several(first), first))
+
+    def encoded(self, pipeline: Pipeline | None = None) -> Iterator[tuple[Bits, list[Any]]]:
+        """Of each chunk, in order, its elements and the stored bytes of its planes; to be asked for once.
+
+        What is not encoded yet is encoded by the threads of a pipeline, if there is one, side by side.
+        """
+        firsts = range(0, self.chunks, self._together)
+        if pipeline is None or len(self._encoded) == self.chunks:
+            for first in firsts:
+                yield from self._several(first)
+            return
+        weight = 2 * self._together * self.encoding.chunk * self.dtype.width
+        for _, chunks in pipeline.ordered(firsts, self._several, lambda _: weight, _IN_FLIGHT_BYTES):
+            yield from chunks
+
     @property
-    def together(self) -> int:
-        """Chunks that `several` gives, as a rule."""
+    def _together(self) -> int:
+        """Chunks that `_several` gives, as a rule."""
         return max(STEP_BYTES // (self.encoding.chunk * self.dtype.width), 1)
 
-    def several(self, first: int) -> list[tuple[Bits, list[Any]]]:
-        """Chunks from `first` on: of each its elements, and the stored bytes of its planes."""
-        last, chunks = min(first + self.together, self.chunks), []
+    def _several(self, first: int) -> list[tuple[Bits, list[Any]]]:
+        """Chunks from `first` on."""
+        last, chunks = min(first + self._together, self.chunks), []
         while first < last:
             known = first in self._encoded
             end = first + 1
@@ -91,16 +112,6 @@ class Coding:
         if self.groups is None or grouping is None:
             return difference(elements, predicted, self.dtype), None
         return difference_in_groups(self.groups, grouping, self.encoding.chunk, elements, predicted, self.dtype)
-
-    @property
-    def is_encoded(self) -> bool:
-        """Whether `several` has all there is left to hand out."""
-        return len(self._encoded) == self.chunks
-
-    def encode(self) -> None:
-        """Encode every chunk now, to be handed out by `several` later."""
-        for first in range(0, self.chunks, self.together):
-            self._encoded.update(enumerate(self.several(first), first))
 
     def guess(self) -> float:
         """Bytes that the array would take if a few thousand elements of its middle are like all others."""

@@ -19,6 +19,11 @@ BLOCK_ELEMENTS = 1 << 18
 _LONG = 1 << 22  # of more places a permutation is not made for a few of them
 
 
+def wide_of(dtype: Dtype) -> np.dtype[Any]:
+    """What holds values of BF16, F16 or F32, and what is added to them, before they are rounded."""
+    return np.dtype(np.float64 if dtype.name == "F32" else np.float32)
+
+
 class Matrix(Protocol):
     """What is indexed as a two-dimensional array is, by rows or by rows and columns, and then gives one."""
 

@@ -14,11 +14,11 @@ import numpy as np
 from ..dtypes import DTYPES, Shape, round_to, widen
 from ..limits import SUM_TERMS
 from ..operators import Decayed, Lowrank, Operator, Patch, Scaled, Sum, Target
-from .adapter import may_be_merged
+from .adapter import find_adapter, likely_kind
 from .affine import are_rows_scaled, mixture, row_scales
 from .decay import decay_table, may_have_decayed
-from .matrices import Index, Wide, spread
-from .pair import HUGE, Pair, are_ordinary, matrix, wide_of
+from .matrices import Index, Wide, spread, wide_of
+from .pair import Pair, are_ordinary, are_small, matrix
 from .prediction import Computed, Elements, Prediction, Referred
 from .recovery import IntegerFactors
 from .sketch import remainder, side_of_part
@@ -53,12 +53,13 @@ def computed(name: str, tensor: Elements, bases: Sequence[Referred], stored: flo
 
 
 class _Search:
+    """The search for one tensor; the arguments are those of `computed`."""
+
     def __init__(self, name: str, tensor: Elements, bases: Sequence[Referred], stored: float) -> None:
-        self._tensor, self._bases, self._stored = tensor, bases, stored
+        self._name, self._tensor, self._bases, self._stored = name, tensor, bases, stored
         self._wide = wide_of(tensor.dtype)
-        # Padded already to the tensor's rows, of which `rows` is the same.
+        # Their bits are padded to the tensor's rows already: `Rows` of them changes nothing.
         self._tensors = {base.ref: Elements(base.dtype, tensor.shape, base.bits) for base in bases}
-        self._name = name
 
     def mixture(self) -> Prediction | None:
         """The best mixture of all bases of the tensor's shape."""
@@ -92,27 +93,27 @@ class _Search:
                 yield decayed
                 if not scaled and self._are_most_right(decayed, pair.rows[places]):
                     return
-        adapter = may_be_merged(pair, some) if self._is_much(pair) else None
-        if not (scaled or adapter) or not pair.is_ordinary:
+        kind = likely_kind(pair, some) if self._is_much(pair) else None
+        if not (scaled or kind) or not pair.is_ordinary:
             return
         scales = row_scales(pair.base, pair.bits, pair.dtype) if scaled else None
-        if scales is not None and np.abs(scales).max(initial=0) < HUGE:
-            yield self._combined(pair, pair.spread_out(scales, 1), None)
+        if scales is not None and are_small(scales):
+            yield self._combined(pair, pair.to_all_rows(scales, 1), None)
             if not self._is_much(pair, float(np.mean(scales == 1))):
                 return
-        found = adapter() if adapter else None
+        found = find_adapter(pair, kind) if kind else None
         if found is not None:
             yield self._combined(pair, found.magnitudes, found.factors)
 
     def _closest(self) -> Pair:
         """The closest base, in the tensor's dtype if it seems to have been rounded to that before it was added to."""
-        closest, rows = self._bases[0], self._tensor.shape[0]
-        shared = rows if closest.rows is None else min(closest.rows, rows)  # others were added
+        closest = self._bases[0]
+        shared = self._tensor.shape[0] if closest.rows is None else closest.rows  # those behind these are new
         pair = Pair(self._tensors[closest.ref], self._tensor, np.arange(shared))
         return (pair.rounded() if _was_rounded(pair) else pair).differing()
 
     def _is_much(self, pair: Pair, share: float = 1) -> bool:
-        """Whether the `share` of what is stored without is so much that low rank of these rows may save some of it."""
+        """Whether low rank of these rows could save something of this share of what is stored without."""
         return 8 * self._stored * share > _FEWEST_BITS * len(pair.rows) * pair.shape[1]
 
     def _decayed(self, pair: Pair) -> Prediction | None:
@@ -134,6 +135,7 @@ class _Search:
         return bool(sum(right) > _MOST * len(rows) * row)
 
     def _combined(self, pair: Pair, scales: Wide | None, factors: IntegerFactors | None) -> Prediction:
+        """The closest base, rounded first if `_closest` did, times `scales`, and `factors` added."""
         node = self._bases[0].recipe
         arrays: dict[str, Elements] = {}
         accumulator = self._wide
@@ -176,7 +178,7 @@ def _was_rounded(pair: Pair) -> bool:
     some = pair.part(spread(len(pair.rows), _FEWEST_ROWS))
     if some is None:
         return False
-    side = side_of_part(matrix(pair.tensor).shape)
+    side = side_of_part(pair.shape)
     short = widen(round_to(some.base, pair.dtype), pair.dtype, pair.wide)
     return remainder(short, some.bits, pair.dtype, side).share < remainder(some.base, some.bits, pair.dtype, side).share
 

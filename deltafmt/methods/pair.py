@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..dtypes import Bits, Dtype
 from ..operators.patch import cast
-from .matrices import Index, Matrix, Rows, Wide, WideRows, row_blocks
+from .matrices import Index, Matrix, Rows, Wide, WideRows, row_blocks, wide_of
 from .prediction import Elements
 
 HUGE = 2.0**40
@@ -58,15 +58,17 @@ class Pair:
 
     @property
     def base(self) -> WideRows:
+        """These rows of `like` times `scales`: float32 or float64 `[rows, columns]`."""
         return WideRows(matrix(self.like), self.rows, self.like.dtype, self.wide, self.scales)
 
     @property
     def changed(self) -> WideRows:
+        """These rows of the tensor, as numbers of the same type."""
         return WideRows(matrix(self.tensor), self.rows, self.dtype, self.wide)
 
     @property
     def bits(self) -> Rows:
-        """The tensor's."""
+        """These rows of the tensor as they are stored."""
         return Rows(matrix(self.tensor), self.rows)
 
     def part(self, where: Any) -> Part | None:
@@ -83,9 +85,12 @@ class Pair:
         """Those of these rows for which `kept` [len(rows)] is true."""
         return replace(self, rows=self.rows[kept], scales=None if self.scales is None else self.scales[kept])
 
-    def times(self, scales: Wide) -> Pair:
-        """The same with rows of `like` multiplied by `scales` [len(rows)], as they would be stored."""
-        return replace(self, scales=scales.astype(self.wide))
+    def with_scales(self, scales: Wide) -> Pair | None:
+        """The same with `scales` [len(rows)], as they would be stored; None if arithmetic makes no sense of that."""
+        if not are_small(scales):
+            return None
+        scaled = replace(self, scales=scales.astype(self.wide))
+        return scaled if are_ordinary(scaled.base) else None
 
     def differing(self) -> Pair:
         """Those of these rows that differ; all of them if the dtypes do."""
@@ -96,14 +101,14 @@ class Pair:
         return self.only(np.concatenate(blocks)) if blocks else self
 
     def rounded(self) -> Pair:
-        """The same with `like` in the tensor's dtype."""
+        """The same with `like` in the tensor's dtype: all rows, in memory of their own."""
         bits = matrix(self.like)
         rounded = np.empty(bits.shape, self.dtype.bits)
         for rows in row_blocks(bits.shape):
             rounded[rows] = cast(bits[rows].reshape(-1), self.like.dtype, self.dtype).reshape(-1, bits.shape[1])
         return replace(self, like=Elements(self.dtype, self.like.shape, rounded.reshape(-1)))
 
-    def spread_out(self, values: npt.NDArray[Any], others: float) -> npt.NDArray[Any]:
+    def to_all_rows(self, values: npt.NDArray[Any], others: float) -> npt.NDArray[Any]:
         """`values` [len(rows), ...] of these rows as those of all, with the same for all others."""
         everywhere = np.full((self.tensor.shape[0], *values.shape[1:]), others, values.dtype)
         everywhere[self.rows] = values
@@ -115,9 +120,9 @@ def matrix(tensor: Elements) -> Bits:
     return tensor.bits.reshape(tensor.shape[0], -1)
 
 
-def wide_of(dtype: Dtype) -> np.dtype[Any]:
-    """What holds values of BF16, F16 or F32 before they are rounded."""
-    return np.dtype("f8" if dtype.name == "F32" else "f4")
+def are_small(numbers: Wide) -> bool:
+    """Whether none is huge, or no number: rows may be multiplied by them."""
+    return bool(np.abs(numbers).max(initial=0) < HUGE)
 
 
 def are_ordinary(*matrices: Matrix) -> bool:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..dtypes import Bits, Dtype
 from ..operators.lowrank import most_squared, squared_bound
-from .matrices import Matrix
+from .matrices import Matrix, wide_of
 from .rounded_fit import fit, fit_stored, svd_start
 from .rounded_update import Fit, Floats, rounded_update
 from .stored_bits import difference_bits, integer_bits, prediction_bits
@@ -71,7 +71,7 @@ def recover(base: Matrix, target: Matrix, dtype: Dtype) -> IntegerFactors | None
         target: [out, in] bit patterns of ``dtype``, all finite.
         dtype: BF16, F16 or F32.
     """
-    wide = np.dtype(np.float64 if dtype.name == "F32" else np.float32)
+    wide = wide_of(dtype)
     if len(target.shape) != 2 or base.shape != target.shape or dtype.name not in ("BF16", "F16", "F32"):
         raise ValueError(f"expected two matrices of one shape, BF16, F16 or F32, got {base.shape} {target.shape}")
     most = most_components(target.shape)

@@ -54,12 +54,13 @@ def remainder(base: Matrix, bits: Matrix, dtype: Dtype, side: int) -> Remainder:
 
     The squared singular values of rounding noise add up to its energy; with the larger half of the components taken
     away, at most a quarter of it is left. A difference of full rank, as training all weights makes, leaves more: of one
-    that is noise alone, a tenth. Of a change that is no larger than rounding noise this says nothing: then it may be.
+    that is noise alone, a tenth. A change no larger than rounding noise cannot be judged: then it is noise, if
+    there is any.
 
     Args:
-        base: `[rows, columns]`; if not finite, it does not.
+        base: `[rows, columns]`; where it is not finite, there is no noise, and the share is 1.
         bits: `[rows, columns]`, of `dtype`.
-        side: so many rows and columns are looked at; of a merge whose rank is below half of that it tells.
+        side: so many rows and columns are looked at; that finds merges of a rank below half of it.
     """
     part = np.ix_(*(spread(length, side) for length in bits.shape))
     stored = widen(bits[part], dtype, np.dtype("f8"))

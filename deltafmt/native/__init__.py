@@ -43,7 +43,7 @@ _SIGNATURES: dict[str, Sequence[Any]] = {
     "widen_bf16": (_POINTER, _COUNT, _POINTER),
     "round_bf16": (_POINTER, _COUNT, _POINTER),
     "add_product_with_margins": (_POINTER, *[_COUNT] * 4, *[_POINTER] * 3, _COUNT, *[_POINTER] * 3),
-    "cheapest_groups": (_POINTER, *[_COUNT] * 2, _POINTER, *[_COUNT] * 3, *[_POINTER] * 2),
+    "cheapest_begins": (_POINTER, *[_COUNT] * 2, _POINTER, *[_COUNT] * 3, *[_POINTER] * 2),
     "margin_groups_4": (_POINTER, _COUNT, _INT, _POINTER, _COUNT, *[_POINTER] * 3),
     "margin_groups_8": (_POINTER, _COUNT, _INT, _POINTER, _COUNT, *[_POINTER] * 3),
 }
@@ -60,7 +60,7 @@ for _width in (2, 4, 8):
     }
 for _width in (1, 2, 4, 8):
     _SIGNATURES |= {
-        f"segment_maxima_{_width}": (_POINTER, _POINTER, _COUNT, _POINTER),
+        f"segment_longest_{_width}": (_POINTER, _POINTER, _COUNT, _POINTER),
         f"split_segments_{_width}": (*[_POINTER] * 4, _COUNT, _POINTER),
         f"merge_segments_{_width}": (*[_POINTER] * 4, _COUNT, _POINTER),
     }
@@ -214,12 +214,12 @@ def kinds_by_exponent(predicted: Bits, bits: Bits, mantissa_bits: int, mask: int
     return counts
 
 
-def cheapest_groups(sums: Counts, weighted: Counts, learnt: int, elements: int, group: int) -> list[int]:
-    """The shortest path of `methods.grouping`; `sums` is `[values + 1, kinds]`, and ascends."""
+def cheapest_begins(sums: Counts, weighted: Counts, learnt: int, elements: int, group: int) -> list[int]:
+    """`methods.grouping._cheapest_begins`, which says what these are; `sums` ascend."""
     _require(sums.ndim == 2 and len(sums) > 0 and sums.dtype == weighted.dtype == np.int64)
     _require(bool((sums[0] >= 0).all() and (sums[1:] >= sums[:-1]).all()) and int(sums[-1].sum()) < weighted.size)
     least, before = np.empty((2, len(sums)), np.int64)
-    _call("cheapest_groups", sums, len(sums) - 1, sums.shape[1], weighted, learnt, elements, group, least, before)
+    _call("cheapest_begins", sums, len(sums) - 1, sums.shape[1], weighted, learnt, elements, group, least, before)
     return [int(place) for place in before]
 
 
@@ -321,12 +321,12 @@ def merge_planes(planes: Sequence[Numbers], floats: bool, out: Bits) -> None:
     _call(f"merge_planes_{out.itemsize}", _addresses(planes), out.size, floats, out)
 
 
-def segment_maxima(values: Bits, elements: Sequence[int]) -> list[int]:
+def segment_longest(values: Bits, elements: Sequence[int]) -> list[int]:
     """Of each segment a number as many bits long as its largest element."""
     _require(sum(elements) == values.size)
-    maxima = np.empty(len(elements), np.uint64)
-    _call(f"segment_maxima_{values.itemsize}", values, np.array(elements, np.int64), len(elements), maxima)
-    return [int(most) for most in maxima]
+    longest = np.empty(len(elements), np.uint64)
+    _call(f"segment_longest_{values.itemsize}", values, np.array(elements, np.int64), len(elements), longest)
+    return [int(most) for most in longest]
 
 
 def split_segments(

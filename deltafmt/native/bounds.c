@@ -4,8 +4,9 @@
 
 /* `before[end]`: where the last of the groups of the first `end` values begins, `[values + 1]`.
    `sums`: `[values + 1][kinds]`, how many of each kind there are in the first so many values. `weighted`: `n log2 n` for
-   each number up to the last of their sums, as `learnt` in fractions of a bit. `least`: room for `values + 1`. */
-EXPORT FAST void cheapest_groups(const int64_t *restrict sums, int64_t values, int64_t kinds,
+   each number up to the last of their sums, as `learnt` in fractions of a bit; `group` in these times the elements of the
+   sample. `elements`: of a chunk. `least`: room for `values + 1`. */
+EXPORT FAST void cheapest_begins(const int64_t *restrict sums, int64_t values, int64_t kinds,
                                  const int64_t *restrict weighted, int64_t learnt, int64_t elements, int64_t group,
                                  int64_t *restrict least, int64_t *restrict before) {
     least[0] = before[0] = 0;

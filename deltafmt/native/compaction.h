@@ -17,16 +17,16 @@
 
 /* Of each set of eight elements, where its members stand, in order; and the same as a shuffle of 16-bit elements. The
    way back: of each of eight elements, which of the members it is. */
-static uint8_t MEMBERS[256][8], SHUFFLES[256][16], NUMBERS[256][8], SHUFFLES_BACK[256][16];
+static uint8_t MEMBERS[256][8], SHUFFLES[256][16], RANKS[256][8], SHUFFLES_BACK[256][16];
 
 __attribute__((constructor)) static void fill_tables(void) {
-    memset(NUMBERS, NOWHERE, sizeof NUMBERS);
+    memset(RANKS, NOWHERE, sizeof RANKS);
     memset(SHUFFLES_BACK, NOWHERE, sizeof SHUFFLES_BACK);
     for (int set = 0; set < 256; set++)
         for (int i = 0, count = 0; i < 8; i++)
             if (set >> i & 1) {
                 MEMBERS[set][count] = (uint8_t)i;
-                NUMBERS[set][i] = (uint8_t)count;
+                RANKS[set][i] = (uint8_t)count;
                 for (int half = 0; half < 2; half++) {
                     SHUFFLES[set][2 * count + half] = (uint8_t)(2 * i + half);
                     SHUFFLES_BACK[set][2 * i + half] = (uint8_t)(2 * count + half);
@@ -43,7 +43,7 @@ INLINE WITH_AVX2 uint32_t members_of(const uint8_t *numbers, uint8_t group) {
 }
 
 /* Move the elements whose number is `group` to `out`, in order; returns how many. `out` is written to 8 elements beyond. */
-#define COMPACT(name, type, move)                                                                                      \
+#define COMPRESS(name, type, move)                                                                                      \
     WITH_AVX2 static int64_t name(const type *values, const uint8_t *numbers, int64_t total, uint8_t group,            \
                                   type *out) {                                                                         \
         type *const begin = out;                                                                                       \
@@ -59,10 +59,10 @@ INLINE WITH_AVX2 uint32_t members_of(const uint8_t *numbers, uint8_t group) {
         return out - begin;                                                                                            \
     }
 
-COMPACT(compact_2, uint16_t,
+COMPRESS(compress_2, uint16_t,
         _mm_storeu_si128((__m128i *)out, _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)from),
                                                           _mm_loadu_si128((const __m128i *)SHUFFLES[set]))))
-COMPACT(compact_4, uint32_t,
+COMPRESS(compress_4, uint32_t,
         _mm256_storeu_si256((__m256i *)out,
                             _mm256_permutevar8x32_epi32(
                                 _mm256_loadu_si256((const __m256i *)from),
@@ -70,7 +70,7 @@ COMPACT(compact_4, uint32_t,
 
 /* Put values, one behind the other, where the members of STEP elements stand: a bit for each in `members`. All of `out`
    that is not a member's yet is zero. `left`: of the values, from 1. */
-#define SPREAD(name, type, vector, moved)                                                                              \
+#define EXPAND(name, type, vector, moved)                                                                              \
     INLINE WITH_AVX2 void name(const type *values, int64_t left, uint32_t members, vector *out) {                      \
         type last[STEP + 8];                                                                                           \
         if (__builtin_expect(left < STEP + 8, 0)) { /* nothing may be read behind them */                              \
@@ -84,11 +84,11 @@ COMPACT(compact_4, uint32_t,
         }                                                                                                              \
     }
 
-SPREAD(spread_2, uint16_t, __m128i,
+EXPAND(expand_2, uint16_t, __m128i,
        out[part] = _mm_or_si128(out[part], _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)values),
                                                             _mm_loadu_si128((const __m128i *)SHUFFLES_BACK[set]))))
-SPREAD(spread_4, uint32_t, __m256i,
-       const __m256i where = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)NUMBERS[set]));
+EXPAND(expand_4, uint32_t, __m256i,
+       const __m256i where = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)RANKS[set]));
        const __m256i value = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i *)values), where);
        out[part] = _mm256_or_si256(out[part], _mm256_andnot_si256(_mm256_srai_epi32(where, 31), value)))
 

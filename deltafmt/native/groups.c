@@ -11,7 +11,7 @@
 #define KINDS 132 /* of residuals of up to 64 bits */
 #define STREAMS 4
 #define FEW_GROUPS 16 /* up to which it is faster to move one together after the other */
-#define SPARSE 128 /* elements to one residual of a group that is not zero, from which it pays to look for these */
+#define SPARSE 128 /* elements of a chunk to one residual of a group that is not zero: from here on they are looked for */
 
 /* How many of the numbers are `group`. */
 INLINE int64_t count_equal(const uint8_t *numbers, int64_t total, uint8_t group) {

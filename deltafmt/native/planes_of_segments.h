@@ -1,12 +1,12 @@
 /* Elements of one width: included by segments.c for each, with TYPE and NAME (a name for this width) defined. */
 
-/* The largest element of each segment. */
-EXPORT FAST void NAME(segment_maxima)(const TYPE *restrict values, const int64_t *restrict elements, int64_t segments,
-                                      uint64_t *restrict maxima) {
+/* Of each segment a number as many bits long as its largest element. */
+EXPORT FAST void NAME(segment_longest)(const TYPE *restrict values, const int64_t *restrict elements, int64_t segments,
+                                      uint64_t *restrict longest) {
     for (int64_t s = 0; s < segments; s++) {
-        TYPE all = 0; /* the bits that any has: the same length as the largest has */
+        TYPE all = 0; /* the bits that any has */
         for (int64_t i = 0; i < elements[s]; i++) all |= values[i];
-        maxima[s] = all;
+        longest[s] = all;
         values += elements[s];
     }
 }

@@ -88,7 +88,7 @@ INLINE void NAME(to_few_groups_of_chunk)(const TYPE *restrict bits, const TYPE *
         memset(own + size, 0xFF, (size_t)(PART - size)); /* no group's */
         memcpy(own, numbers + begin, (size_t)size);
         for (int64_t g = 0; g < groups; g++) {
-            const int64_t count = NAME(compact)(folded, own, size, (uint8_t)g, together);
+            const int64_t count = NAME(compress)(folded, own, size, (uint8_t)g, together);
             memcpy(grouped + places[g], together, (size_t)count * sizeof(TYPE));
             places[g] += count;
         }
@@ -144,14 +144,14 @@ INLINE int64_t NAME(count_misses)(const TYPE *grouped, int64_t place, int64_t en
 WITH_AVX2 static void NAME(from_few_groups_of_chunk)(const TYPE *restrict grouped, const uint8_t *restrict up,
                                                      const uint8_t *restrict numbers, int64_t total, int64_t groups,
                                                      TYPE *restrict predicted) {
-    int64_t places[FEW_GROUPS], ends[FEW_GROUPS], misses[FEW_GROUPS];
+    int64_t places[FEW_GROUPS], ends[FEW_GROUPS], next[FEW_GROUPS];
     int dense[FEW_GROUPS];
     for (int64_t g = 0, place = 0; g < groups; g++) {
         places[g] = place;
         ends[g] = place += count_equal(numbers, total, (uint8_t)g);
-        misses[g] = NAME(next_miss)(grouped, places[g], ends[g]);
+        next[g] = NAME(next_miss)(grouped, places[g], ends[g]);
         dense[g] = SPARSE * NAME(count_misses)(grouped, places[g], ends[g]) > total;
-        if (dense[g]) misses[g] = -1;
+        if (dense[g]) next[g] = -1;
     }
     for (int64_t begin = 0; begin < total; begin += STEP) {
         const int64_t size = total - begin < STEP ? total - begin : STEP;
@@ -162,20 +162,20 @@ WITH_AVX2 static void NAME(from_few_groups_of_chunk)(const TYPE *restrict groupe
             memcpy(last, own, (size_t)size);
             own = last;
         }
-        VECTOR spread[4] = {{0}};
+        VECTOR expanded[4] = {{0}};
         int any = 0;
         for (int64_t g = 0; g < groups; g++) {
             const uint32_t members = members_of(own, (uint8_t)g);
             const int64_t place = places[g];
             places[g] += _mm_popcnt_u32(members);
-            if (misses[g] >= places[g]) continue;
+            if (!members || next[g] >= places[g]) continue;
             any = 1;
-            NAME(spread)(grouped + place, total - place, members, spread);
-            if (!dense[g]) misses[g] = NAME(next_miss)(grouped, places[g], ends[g]);
+            NAME(expand)(grouped + place, total - place, members, expanded);
+            if (!dense[g]) next[g] = NAME(next_miss)(grouped, places[g], ends[g]);
         }
         if (!any) continue;
         TYPE folded[STEP];
-        memcpy(folded, spread, sizeof folded);
+        memcpy(folded, expanded, sizeof folded);
         if (size == STEP) NAME(unfold)(folded, up ? up + begin : NULL, STEP, predicted + begin);
         else NAME(unfold)(folded, up ? up + begin : NULL, size, predicted + begin);
     }

@@ -73,7 +73,7 @@ class _Decayed(Value):
         self._decay: Decay | None = None
 
     def decay(self) -> Decay:
-        """The table; read once."""
+        """What the table says; read once."""
         with self._lock:
             if self._decay is None:
                 table = np.empty(self._table.facts.count, np.uint32)
@@ -98,23 +98,23 @@ class Decay:
         reached = bounds < 1 << dtype.mantissa_bits  # the others say nothing
         steps = np.zeros(np.count_nonzero(reached) + 1, np.uint32)  # in front of the first bound, none
         steps[1:] = np.cumsum(table[1], dtype=np.uint32)[reached]
-        self._known = native.Steps(bounds[reached].astype(np.uint32), steps, dtype.mantissa_bits)
+        self._steps = native.Steps(bounds[reached].astype(np.uint32), steps, dtype.mantissa_bits)
 
     def move(self, bits: Bits) -> None:
         """Move elements `[m]` in place: bit patterns of the dtype."""
         if native.available():
-            native.move_by_steps(self._known, bits)
+            native.move_by_steps(self._steps, bits)
             return
         for begin in range(0, bits.size, _BLOCK):
             part, kind = bits[begin : begin + _BLOCK], bits.dtype.type
-            sign, low = kind(1 << (8 * part.itemsize - 1)), kind((1 << self._known.mantissa_bits) - 1)
+            sign, low = kind(1 << (8 * part.itemsize - 1)), kind((1 << self._steps.mantissa_bits) - 1)
             exponents = kind(~(sign | low))
             mantissas = part & low
-            places = mantissas >> self._known.shift
-            numbers = self._known.first[places]
-            unsure = np.flatnonzero(numbers != self._known.first[places + 1])
-            numbers[unsure] = np.searchsorted(self._known.bounds, mantissas[unsure], side="right")
-            steps = self._known.steps[numbers].astype(kind)
+            places = mantissas >> self._steps.shift
+            numbers = self._steps.first[places]
+            unsure = np.flatnonzero(numbers != self._steps.first[places + 1])
+            numbers[unsure] = np.searchsorted(self._steps.bounds, mantissas[unsure], side="right")
+            steps = self._steps.steps[numbers].astype(kind)
             exponent = part & exponents
             steps[(exponent == 0) | (exponent == exponents)] = 0
             part[:] = ((part - steps) & (sign - kind(1))) | (part & sign)

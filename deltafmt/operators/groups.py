@@ -100,10 +100,6 @@ class Grouping(NamedTuple):
     numbers: Numbers
     up: Up | None
 
-    def order(self) -> npt.NDArray[np.intp]:
-        """Where the elements stand in the flat order, in the grouped order."""
-        return np.argsort(self.numbers, kind="stable")
-
 
 def exponent_mask(dtype: Dtype) -> int:
     """Of the exponent field, once it is at the bottom."""
