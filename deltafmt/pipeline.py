@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,7 +16,8 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 IN_FLIGHT_BYTES = 192 << 20
-_RUN_BYTES = 1 << 16  # smaller runs cost more to hand to a thread than to work on
+_RUN_BYTES, _RUN_ITEMS = 1 << 16, 32  # smaller runs cost more to hand to a thread than to work on
+_WAITING = 64  # items for each thread at most, however small
 
 
 def default_jobs() -> int:
@@ -65,6 +66,7 @@ class Pipeline:
     def __init__(self, jobs: int | None = None) -> None:
         self.jobs = jobs or default_jobs()
         self._pool = ThreadPoolExecutor(self.jobs, thread_name_prefix="deltafmt")
+        self._is_over = False
 
     def submit(self, work: Callable[[], _Result]) -> Future[_Result]:
         return self._pool.submit(work)
@@ -78,19 +80,19 @@ class Pipeline:
     ) -> Iterator[tuple[_Item, _Result]]:
         """Do `work` on every item in parallel; yield items and results in order.
 
-        Items are handed over in runs of at least 64 KiB, each run to one thread. No run is begun while those begun and
-        not yet asked past weigh more than `limit` bytes with it, unless none is. What `work` raises is raised in its
-        item's turn, after the results of the items before it.
+        Items are handed over in runs of 64 KiB or 32 items, each run to one thread. No run is begun while those begun
+        and not yet asked past weigh more than `limit` bytes with it, unless none is. What `work` raises is raised when
+        it is its item's turn, after the results of the items before it.
         """
         waiting: deque[tuple[list[_Item], int, Future[_Outcome[_Result]]]] = deque()
-        weight = 0
+        weight = count = 0
         for run, size in _runs(items, nbytes):
-            while waiting and (weight + size > limit or len(waiting) > 64 * self.jobs):
+            while waiting and (weight + size > limit or count > _WAITING * self.jobs):
                 first, first_size, future = waiting.popleft()
                 yield from _results(first, future.result())
-                weight -= first_size
-            waiting.append((run, size, self._pool.submit(_outcome, run, work)))
-            weight += size
+                weight, count = weight - first_size, count - len(first)
+            waiting.append((run, size, self._pool.submit(self._outcome, run, work)))
+            weight, count = weight + size, count + len(run)
         while waiting:
             first, _, future = waiting.popleft()
             yield from _results(first, future.result())
@@ -101,17 +103,29 @@ class Pipeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._is_over = True
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _outcome(self, run: list[_Item], work: Callable[[_Item], _Result]) -> _Outcome[_Result]:
+        results: list[_Result] = []
+        try:
+            for item in run:
+                if self._is_over:
+                    raise CancelledError
+                results.append(work(item))
+        except BaseException as error:
+            return _Outcome(results, error)
+        return _Outcome(results, None)
 
 
 def _runs(items: Iterable[_Item], nbytes: Callable[[_Item], int]) -> Iterator[tuple[list[_Item], int]]:
-    """Items in runs of at least `_RUN_BYTES` (the last may have less), and what each weighs."""
+    """Items in runs of `_RUN_BYTES`, or a little more, or `_RUN_ITEMS` (the last may have less); what each weighs."""
     run: list[_Item] = []
     weight = 0
     for item in items:
         run.append(item)
         weight += nbytes(item)
-        if weight >= _RUN_BYTES:
+        if weight >= _RUN_BYTES or len(run) == _RUN_ITEMS:
             yield run, weight
             run, weight = [], 0
     if run:
@@ -124,16 +138,6 @@ class _Outcome(Generic[_Result]):
 
     results: list[_Result]
     error: BaseException | None
-
-
-def _outcome(run: list[_Item], work: Callable[[_Item], _Result]) -> _Outcome[_Result]:
-    results: list[_Result] = []
-    try:
-        for item in run:
-            results.append(work(item))  # noqa: PERF401 (what was found before an error counts)
-    except BaseException as error:
-        return _Outcome(results, error)
-    return _Outcome(results, None)
 
 
 def _results(run: list[_Item], outcome: _Outcome[_Result]) -> Iterator[tuple[_Item, _Result]]:

@@ -37,10 +37,10 @@ def test_what_was_done_before_an_error_counts(sizes: list[int], data: st.DataObj
     assert found == list(range(broken))
 
 
-@pytest.mark.parametrize("size", [1 << 20, 1 << 16, 1000])
+@pytest.mark.parametrize("size", [1 << 20, 1 << 16, 1000, 0])
 def test_no_more_is_begun_than_there_is_room_for(size: int) -> None:
     """Room for three megabytes, and nobody asks for more than the first result."""
-    room = 3 << 20
+    room, jobs = 3 << 20, 4
     begun: list[int] = []
     lock = threading.Lock()
 
@@ -49,12 +49,12 @@ def test_no_more_is_begun_than_there_is_room_for(size: int) -> None:
             begun.append(item)
         return item
 
-    with Pipeline(4) as pipeline:
+    with Pipeline(jobs) as pipeline:
         results = pipeline.ordered(range(5000), work, lambda _: size, room)
         assert next(results) == (0, 0)
         pipeline.submit(lambda: None).result()
         del results
-    assert len(begun) <= room // size
+    assert len(begun) <= min(room // max(size, 1), 64 * jobs + 32)
 
 
 def test_an_error_of_who_gives_the_items_is_theirs() -> None:
@@ -64,3 +64,22 @@ def test_an_error_of_who_gives_the_items_is_theirs() -> None:
 
     with Pipeline(2) as pipeline, pytest.raises(KeyError, match="no more"):
         list(pipeline.ordered(items(), lambda item: item, lambda _: 1 << 20))
+
+
+def test_whoever_is_interrupted_waits_for_what_runs_and_no_more() -> None:
+    """The first item is handed over by itself, the others together."""
+    begun: list[int] = []
+    running, interrupted = threading.Event(), threading.Event()
+
+    def work(item: int) -> None:
+        begun.append(item)
+        if item == 1:
+            running.set()
+            interrupted.wait()
+
+    with pytest.raises(KeyboardInterrupt), Pipeline(1) as pipeline:
+        for _ in pipeline.ordered(range(20), work, lambda item: 100 if item else 1 << 20):
+            running.wait()
+            threading.Timer(0.1, interrupted.set).start()
+            raise KeyboardInterrupt
+    assert begun == [0, 1]

@@ -167,7 +167,9 @@ class Computed(Prediction):
         with self._wide(begin, begin + size) as values:
             predicted = round_to(values, dtype, signed_nan=False)
             keys, _ = margins(values, dtype)
-            bounds = margin_bounds(keys, predicted != bits[begin : begin + size], min(chunk, bits.size))
+            missed = predicted != bits[begin : begin + size]
+            step = max(size // _SAMPLE, 1)  # a row may be long
+            bounds = margin_bounds(keys[::step], missed[::step], min(chunk, bits.size))
         return Groups("margin", bounds) if bounds else None
 
     def _by_exponent(self, bits: Bits, dtype: Dtype, count: int) -> Groups | None:
