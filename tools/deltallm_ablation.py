@@ -17,7 +17,7 @@ from deltallm_runs import Experiment, say
 
 def ablation(experiment: Experiment, remove: float) -> Iterator[dict[str, Any]]:
     """For several layouts; a row for each part that is added."""
-    asked = replace(experiment.structure(remove), delta_layers=None)
+    asked = experiment.structure(remove)
     of_layers: tuple[Parts, ...] = ("mlp", "both")
     for parts, layout in itertools.product(of_layers, ("alternating", "sequential:2")):
         for title, row in _initialised(experiment, replace(asked, parts=parts, layout=layout)):
