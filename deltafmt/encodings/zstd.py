@@ -26,6 +26,7 @@ _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
 )
 _SAMPLE = 4096
 _MOST_BLOCKS = 1000  # of 128 KiB, as a rule; what has more is decoded by itself
+_FEW = 4  # frames; setting up the decoding of many at once takes as long as decoding these
 _REPEATED = 1  # the kind of a block that is one byte, many times over
 _HAS_BATCHES = {"multi_compress_to_buffer", "multi_decompress_to_buffer"} <= zstandard.backend_features
 
@@ -83,7 +84,8 @@ def decompress(stored: Sequence[Plane], sizes: Sequence[int], where: str) -> lis
         together: list[int] = []
         for index in packed:
             frame, size = stored[index].data, sizes[index]
-            if _is_whole(frame, _header(frame, size, where)) and _HAS_BATCHES:
+            header = _header(frame, size, where)
+            if _HAS_BATCHES and len(packed) > _FEW and _is_whole(frame, header):
                 together.append(index)
             else:
                 data = _CONTEXTS.decompressor.decompress(frame, max_output_size=size, allow_extra_data=False)

@@ -26,6 +26,15 @@ INLINE int64_t count_equal(const uint8_t *numbers, int64_t total, uint8_t group)
     return found;
 }
 
+#ifdef HAS_AVX2
+/* How many of PART numbers are `group`. */
+INLINE WITH_AVX2 int64_t members_of_part(const uint8_t *own, uint8_t group) {
+    int64_t count = 0;
+    for (int64_t at = 0; at < PART; at += STEP) count += _mm_popcnt_u32(members_of(own + at, group));
+    return count;
+}
+#endif
+
 /* How many elements of each number below `groups` there are in each stream, `[STREAMS][GROUPS]`. The last stream is
    longer if the elements do not divide. */
 INLINE void count_numbers(const uint8_t *numbers, int64_t total, int64_t groups, int64_t *counts) {

@@ -139,8 +139,8 @@ INLINE int64_t NAME(count_misses)(const TYPE *grouped, int64_t place, int64_t en
     return misses;
 }
 
-/* Undoes `to_groups` of one chunk of few groups: STEP elements at a time, group after group. Of a group of which most
-   residuals are zero, nothing is done where all are. */
+/* Undoes `to_groups` of one chunk of few groups: PART elements at a time, group after group, so that the loop has no
+   branch to mispredict. Of a group of which most residuals are zero, nothing is done where all are. */
 WITH_AVX2 static void NAME(from_few_groups_of_chunk)(const TYPE *restrict grouped, const uint8_t *restrict up,
                                                      const uint8_t *restrict numbers, int64_t total, int64_t groups,
                                                      TYPE *restrict predicted) {
@@ -151,33 +151,36 @@ WITH_AVX2 static void NAME(from_few_groups_of_chunk)(const TYPE *restrict groupe
         ends[g] = place += count_equal(numbers, total, (uint8_t)g);
         next[g] = NAME(next_miss)(grouped, places[g], ends[g]);
         dense[g] = SPARSE * NAME(count_misses)(grouped, places[g], ends[g]) > total;
-        if (dense[g]) next[g] = -1;
     }
-    for (int64_t begin = 0; begin < total; begin += STEP) {
-        const int64_t size = total - begin < STEP ? total - begin : STEP;
-        uint8_t last[STEP];
+    for (int64_t begin = 0; begin < total; begin += PART) {
+        const int64_t size = total - begin < PART ? total - begin : PART;
+        uint8_t last[PART];
         const uint8_t *own = numbers + begin;
-        if (size < STEP) {
-            memset(last, 0xFF, STEP); /* no group's */
+        if (size < PART) {
+            memset(last, 0xFF, PART); /* no group's */
             memcpy(last, own, (size_t)size);
             own = last;
         }
-        VECTOR expanded[4] = {{0}};
+        TYPE folded[PART] __attribute__((aligned(sizeof(VECTOR)))) = {0};
         int any = 0;
         for (int64_t g = 0; g < groups; g++) {
-            const uint32_t members = members_of(own, (uint8_t)g);
-            const int64_t place = places[g];
-            places[g] += _mm_popcnt_u32(members);
-            if (!members || next[g] >= places[g]) continue;
+            int64_t place = places[g];
+            if (!dense[g]) {
+                const int64_t end = place + members_of_part(own, (uint8_t)g);
+                places[g] = end;
+                if (next[g] >= end) continue;
+                next[g] = NAME(next_miss)(grouped, end, ends[g]);
+            }
             any = 1;
-            NAME(expand)(grouped + place, total - place, members, expanded);
-            if (!dense[g]) next[g] = NAME(next_miss)(grouped, places[g], ends[g]);
+            for (int64_t at = 0; at < PART; at += STEP) {
+                const uint32_t members = members_of(own + at, (uint8_t)g);
+                NAME(expand)(grouped + place, total - place, members, (VECTOR *)(folded + at));
+                place += _mm_popcnt_u32(members);
+            }
+            places[g] = place;
         }
         if (!any) continue;
-        TYPE folded[STEP];
-        memcpy(folded, expanded, sizeof folded);
-        if (size == STEP) NAME(unfold)(folded, up ? up + begin : NULL, STEP, predicted + begin);
-        else NAME(unfold)(folded, up ? up + begin : NULL, size, predicted + begin);
+        NAME(unfold)(folded, up ? up + begin : NULL, size, predicted + begin);
     }
 }
 #endif
