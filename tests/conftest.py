@@ -15,6 +15,7 @@ import synthetic
 from command_line import Run, weights, write
 from deltafmt import native
 from deltafmt.cli import main
+from deltafmt.native import library
 from hostile import Tensor, f32, write_checkpoint
 
 
@@ -109,7 +110,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
     assert native.available()
     with pytest.MonkeyPatch.context() as patching:
         if request.param == "numpy":
-            patching.setattr(native, "LIBRARY", None)
+            patching.setattr(library, "LIBRARY", None)
         yield request.param
 
 

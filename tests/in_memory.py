@@ -16,6 +16,7 @@ import pytest
 from deltafmt import native
 from deltafmt.dtypes import DTYPES
 from deltafmt.methods.prediction import Elements, InMemory
+from deltafmt.native import library
 from deltafmt.operators import Lowrank, Operator, Stored, Sum, Target
 from deltafmt.rebuild import Rebuilder
 from exact_factors import Exact
@@ -61,7 +62,7 @@ def computed_by(way: str) -> Iterator[None]:
     assert native.available()
     with pytest.MonkeyPatch.context() as patching:
         if way == "numpy":
-            patching.setattr(native, "LIBRARY", None)
+            patching.setattr(library, "LIBRARY", None)
         yield
 
 

@@ -18,8 +18,9 @@ import pytest
 
 import deltafmt
 from command_line import Run, object_in, start, weights, write
-from deltafmt import cli, native
+from deltafmt import cli
 from deltafmt.cli import main
+from deltafmt.native import library
 
 ESCAPE = "\x1b"
 
@@ -204,7 +205,7 @@ def test_what_commands_a_terminal_is_escaped(run: Run) -> None:
 def test_who_has_no_kernels_is_told_where_it_takes_time(run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("pack", "base", "with", "-v")[2].count("kernels") == 0
     assert "kernels: C\n" in start("--version").communicate()[0]
-    monkeypatch.setattr(native, "LIBRARY", None)
+    monkeypatch.setattr(library, "LIBRARY", None)
     assert run("pack", "base", "small")[2] == ""
     for command in (["pack", "base", "packed"], ["unpack", "packed", "restored"]):
         assert run(*command, "-v")[2].count("deltafmt: note: kernels: numpy") == 1

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltafmt import native
 from deltafmt.errors import MalformedError
 from deltafmt.methods.grouping import _BY_MARGIN as COST
 from deltafmt.methods.grouping import exponent_bounds, kinds, margin_bounds
+from deltafmt.native import library
 from deltafmt.operators.groups import Groups
 
 Keys = npt.NDArray[Any]
@@ -95,7 +95,7 @@ def test_without_kernels_the_bounds_are_the_same(keys: Keys, elements: int, seed
     residuals = (random.exponential(2.0 ** (keys % 11)) * random.integers(1, 9)).astype(np.uint32)
     found = exponent_bounds(kinds(keys, residuals), elements), margin_bounds(keys, residuals > 3, elements)
     with pytest.MonkeyPatch.context() as patching:
-        patching.setattr(native, "LIBRARY", None)
+        patching.setattr(library, "LIBRARY", None)
         assert found == (
             exponent_bounds(kinds(keys, residuals), elements),
             margin_bounds(keys, residuals > 3, elements),

@@ -22,7 +22,7 @@ from deltafmt.gemm import round_wide
 from deltafmt.operators import Operator, Patch, Ref, Stored, Sum, Target
 from deltafmt.operators.base import Facts, Read
 from deltafmt.operators.groups import Groups, exponents, margins
-from deltafmt.operators.patch import cast, correct_in_groups, difference, difference_in_groups
+from deltafmt.operators.patch import cast, correct_by_exponents, correct_in_groups, difference, difference_in_groups
 from deltafmt.rebuild import Rebuilder
 from hostile import Json, Tensor, edit, manifest, put, write_checkpoint
 
@@ -65,14 +65,16 @@ def test_groups_and_their_order(count: int, dtype: str, size: int) -> None:
     found, lengths = difference_in_groups(groups, grouping, max(size, 1), bits, predicted, kind)
     assert lengths == [[group.count(number) for number in range(count + 1)]][: size > 0]
     assert found.tolist() == difference(bits, predicted, kind)[order].tolist()
-    out = predicted.copy()
+    out, again = predicted.copy(), predicted.copy()
+    correct_by_exponents(groups, max(out.size, 1), found.copy(), kind, again)
     correct_in_groups(groups, groups.of_exponents(predicted, kind), max(out.size, 1), found, kind, out)
-    assert out.tolist() == bits.tolist()
+    assert out.tolist() == again.tolist() == bits.tolist()
 
 
 @pytest.mark.parametrize("misses", [0, 1, 7, 300, 5000])
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
-def test_few_misses_and_many(misses: int, dtype: str) -> None:
+@pytest.mark.parametrize("chunk", [30_000, 4096, 777])
+def test_few_misses_and_many(misses: int, dtype: str, chunk: int) -> None:
     """There is a way of its own for residuals that are nearly all zero."""
     kind, random = DTYPES[dtype], np.random.default_rng(misses)
     predicted = bits_of(random.standard_normal(20_003), dtype)
@@ -80,11 +82,13 @@ def test_few_misses_and_many(misses: int, dtype: str) -> None:
     bits[where] += random.integers(1, 1000, misses).astype(kind.bits)
     groups = Groups("exponent", (125, 126, 1021))
     grouping = groups.of_exponents(predicted, kind)
-    grouped, _ = difference_in_groups(groups, grouping, max(bits.size, 1), bits, predicted, kind)
+    grouped, _ = difference_in_groups(groups, grouping, chunk, bits, predicted, kind)
     assert np.count_nonzero(grouped) == misses
-    out = predicted.copy()
-    correct_in_groups(groups, groups.of_exponents(predicted, kind), max(out.size, 1), grouped, kind, out)
+    out, again = predicted.copy(), predicted.copy()
+    correct_by_exponents(groups, chunk, grouped.copy(), kind, again)
+    correct_in_groups(groups, groups.of_exponents(predicted, kind), chunk, grouped, kind, out)
     assert np.array_equal(out, bits)
+    assert np.array_equal(again, bits)
 
 
 def test_bounds_that_no_key_reaches() -> None:

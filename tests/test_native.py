@@ -21,7 +21,7 @@ from deltafmt.encodings import planes, segments, zstd
 from deltafmt.errors import MalformedError
 from deltafmt.gemm import Product
 from deltafmt.methods.grouping import kinds_by_exponent
-from deltafmt.native import keys_differ
+from deltafmt.native import keys_differ, library
 from deltafmt.operators.patch import difference
 
 Array = npt.NDArray[Any]
@@ -32,7 +32,7 @@ sizes = st.one_of(st.integers(0, 70), st.sampled_from([255, 256, 4095, 4097, 900
 def without_kernels() -> pytest.MonkeyPatch:
     """Undo it to have them back."""
     patching = pytest.MonkeyPatch()
-    patching.setattr(native, "LIBRARY", None)
+    patching.setattr(library, "LIBRARY", None)
     return patching
 
 
@@ -207,8 +207,8 @@ def test_another_version_of_the_library_is_not_used(tmp_path: Path, monkeypatch:
     assert ctypes.CDLL(str(tmp_path / "other.so")).deltafmt_abi() == 0
     (tmp_path / "text.so").write_text("no library")
     for name in ("other.so", "text.so", "missing.so"):
-        monkeypatch.setattr(native, "FILE", tmp_path / name)
-        assert native._load() is None
+        monkeypatch.setattr(library, "FILE", tmp_path / name)
+        assert library._load() is None
 
 
 def test_what_kernels_are_told_is_checked() -> None:

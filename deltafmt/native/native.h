@@ -1,5 +1,5 @@
 /* What the kernels share. Plain C11; vectors are GCC's and Clang's. No kernel allocates, and none reads a length or an
-   offset from data: the caller has checked every size (native/__init__.py). */
+   offset from data: the caller has checked every size (native/library.py). */
 
 #ifndef DELTAFMT_NATIVE_H
 #define DELTAFMT_NATIVE_H
@@ -21,7 +21,7 @@
 #define FAST
 #endif
 
-#define ABI 6 /* raised with every change of a function or of what it means: see native/__init__.py */
+#define ABI 7 /* raised with every change of a function or of what it means: see native/library.py */
 
 #define INLINE static inline __attribute__((always_inline))
 

@@ -221,5 +221,17 @@ EXPORT FAST void NAME(from_groups)(const TYPE *restrict grouped, const uint8_t *
     }
 }
 
+/* The same, of elements grouped by exponent. `numbers` is room for those of a chunk. */
+EXPORT void NAME(from_exponent_groups)(const TYPE *restrict grouped, int64_t total, int64_t chunk, int shift, int mask,
+                                       const uint16_t *restrict bounds, int64_t bound_count,
+                                       const uint8_t *restrict table, uint8_t *restrict numbers,
+                                       TYPE *restrict predicted) {
+    for (int64_t at = 0; at < total; at += chunk) {
+        const int64_t size = total - at < chunk ? total - at : chunk;
+        NAME(exponent_groups)(predicted + at, size, shift, mask, bounds, bound_count, table, numbers);
+        NAME(from_groups)(grouped + at, NULL, numbers, size, chunk, (int)bound_count + 1, predicted + at);
+    }
+}
+
 #undef ORDERED
 #undef UNORDERED

@@ -2,7 +2,7 @@
 
 #include "native.h"
 
-enum { FINE, BITS_LEFT_OVER, TOO_LARGE }; /* as in native/__init__.py */
+enum { FINE, BITS_LEFT_OVER, TOO_LARGE }; /* as in native/planes.py */
 
 #define TYPE uint8_t
 #define NAME(name) name##_1

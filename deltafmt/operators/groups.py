@@ -71,6 +71,12 @@ class Groups:
             np.take(self._bounds.table, exponents(bits, dtype), out=numbers, mode="clip")
         return Grouping(numbers, None)
 
+    def correct_by_exponents(self, residual: Bits, chunk: int, dtype: Dtype, out: Bits) -> None:
+        """By a kernel: correct the predicted bits in `out`, `[m]`, of which the exponents are the groups."""
+        numbers = scratch("group numbers", np.uint8, min(chunk, out.size))
+        mask = exponent_mask(dtype)
+        native.from_exponent_groups(residual, dtype.mantissa_bits, mask, self._bounds, chunk, numbers, out)
+
     def of_margins(self, values: Wide, dtype: Dtype) -> Grouping:
         """By the margins of a prediction before it is rounded to `dtype`, `[m]`; valid as `of_exponents` is."""
         numbers = scratch("group numbers", np.uint8, values.size)

@@ -120,14 +120,14 @@ class _Grouped(Value):
 
     def _read(self, lo: int, hi: int, out: Bits) -> None:
         """Put whole chunks into `out`."""
-        if self._groups.by == "exponent":
-            self._predicted.bits(lo, hi, out)
-            grouping = self._groups.of_exponents(out, self._dtype)
-        else:
-            grouping = self._predicted.margins(lo, hi, self._groups, out)
         residual = scratch("patch residual", self._dtype.bits, hi - lo)
         self._residual.bits(lo, hi, residual)
-        correct_in_groups(self._groups, grouping, self._chunk, residual, self._dtype, out)
+        if self._groups.by == "exponent":
+            self._predicted.bits(lo, hi, out)
+            correct_by_exponents(self._groups, self._chunk, residual, self._dtype, out)
+        else:
+            grouping = self._predicted.margins(lo, hi, self._groups, out)
+            correct_in_groups(self._groups, grouping, self._chunk, residual, self._dtype, out)
 
 
 class _Predicted:
@@ -207,6 +207,14 @@ def correct_in_groups(groups: Groups, grouping: Grouping, chunk: int, residual: 
         part = slice(begin, begin + chunk)
         scattered[part][np.argsort(grouping.numbers[part], kind="stable")] = residual[part]
     correct(out, scattered, dtype, out, grouping.up)
+
+
+def correct_by_exponents(groups: Groups, chunk: int, residual: Bits, dtype: Dtype, out: Bits) -> None:
+    """`correct_in_groups`, of groups of the exponents in `out`."""
+    if native.available():
+        groups.correct_by_exponents(residual, chunk, dtype, out)
+    else:
+        correct_in_groups(groups, groups.of_exponents(out, dtype), chunk, residual, dtype, out)
 
 
 def difference(bits: Bits, predicted: Bits, dtype: Dtype, up: Up | None = None) -> Bits:
