@@ -24,6 +24,7 @@ from .errors import DeltafmtError, IntegrityError, UsageError
 from .evaluation import DTYPES, MODES, measure
 from .inspect import inspect
 from .lora_export import RANKS, export_lora
+from .methods.panels import MOST_RANKS
 from .methods.sharing import Parts
 from .outcome import Stopped, StoppedError, explained, stoppable, tell
 from .pack import METHODS, pack
@@ -129,6 +130,13 @@ def program(ctx: click.Context) -> None:
 @click.option("--dry-run", is_flag=True, help="Do all the work and report the sizes, but write nothing.")
 @click.option("--single-file", is_flag=True, help="Write the whole archive into one file; DST ends in .safetensors.")
 @click.option(
+    "--tensor-parallel",
+    type=click.IntRange(1, MOST_RANKS),
+    default=1,
+    metavar="N",
+    help="Let each of N ranks read its part of every weight and no more, of those split by columns, too.",
+)
+@click.option(
     "--auto-map",
     is_flag=True,
     help="Let transformers load DST with trust_remote_code=True: changes its config.json (needs the extra 'hf').",
@@ -169,6 +177,7 @@ def pack_command(settings: Settings, /, src: str, dst: str, share_parts: Parts, 
       deltafmt pack finetune/ packed/ --base org/base-model
       deltafmt pack merge/ packed/ --base one/ --base other/
       deltafmt pack model/ packed.safetensors --single-file
+      deltafmt pack model/ packed/ --tensor-parallel 4
       deltafmt pack finetune/ packed/ --base base/ --rank 64 --exclude '*embed*'
       deltafmt pack finetune/ packed/ --base base/ --target-size 1.5GB
       deltafmt pack model/ packed/ --share sequential:2 --share-parts mlp --max-error 0.02 --dry-run

@@ -30,7 +30,6 @@ from .manifest import Manifest
 from .names import escaped
 from .operators import Facts, Lowrank, Stored
 from .reader import Archive
-from .rebuild import good_step
 from .scope import ManifestScope
 from .scratch import borrowed
 from .sources import Bases, PathLike, open_archive
@@ -126,7 +125,7 @@ class EdgeArchive:
             lo, hi, shape = start * row, stop * row, (stop - start, *shape[1:])
         out = np.empty(hi - lo, _viewed(info.dtype, dtype, name))
         rebuilder = self._archive.rebuilder(name)
-        step = good_step(info.shape, info.dtype.width, _PIECE_ELEMENTS)
+        step = rebuilder.step(_PIECE_ELEMENTS)
         for begin, end in pairwise([lo, *range((lo // step + 1) * step, hi, step), hi]):
             piece = out[begin - lo : end - lo]
             if dtype != "float32" or info.dtype.name == "F32":

@@ -13,12 +13,13 @@ from typing import Any
 from .durable import DryRun, Staging
 from .errors import UsageError
 from .gemm import check_subnormals, one_thread_each
-from .limits import DEFAULT_LIMITS, Limits
+from .limits import DEFAULT_LIMITS, Limits, check_count
 from .manifest import Manifest
 from .methods.lowrank import Request
+from .methods.panels import MOST_RANKS
 from .methods.sharing import Parts, shared_layers
 from .names import is_misleading
-from .operators import Ref
+from .operators import Panels, Ref
 from .packer import Packer
 from .pipeline import Pipeline
 from .reader import Archive
@@ -60,6 +61,7 @@ def pack(
     overwrite: bool = False,
     dry_run: bool = False,
     single_file: bool = False,
+    tensor_parallel: int = 1,
     progress: Progress = silent,
     shard_bytes: int = SHARD_BYTES,
     limits: Limits = DEFAULT_LIMITS,
@@ -87,6 +89,10 @@ def pack(
         overwrite: replace `dst` if it holds a checkpoint or an archive.
         dry_run: do all the work, report the sizes, write nothing.
         single_file: write the whole archive, sidecars included, into one file.
+        tensor_parallel: of how many ranks (1 to 64) each is to read its part of the weights and no more. Those split by
+            rows are as they always are; those split by columns, known by their names (`o_proj`, `down_proj`, ...), are
+            stored in panels of columns, and take somewhat longer to read as a whole. Not of what is stored as a
+            difference: a base is read as a whole, to be sure that it is the right one.
         progress: called as the work goes on.
         shard_bytes: begin another shard once this many bytes are in one.
         limits: caps on what is accepted from `src` and `base`.
@@ -101,6 +107,9 @@ def pack(
         UnsupportedError: this process flushes subnormal numbers to zero.
     """
     check_subnormals()
+    check_count("tensor_parallel", tensor_parallel, 1)
+    if tensor_parallel > MOST_RANKS:
+        raise UsageError("tensor_parallel is out of range", expected=f"1 to {MOST_RANKS}", found=tensor_parallel)
     given = [base] if isinstance(base, (str, os.PathLike)) else list(base or ())
     request = _request(
         method,
@@ -134,6 +143,12 @@ def pack(
         staging = DryRun if dry_run else Staging
         area = stack.enter_context(staging(Path(dst), overwrite=overwrite, single_file=single_file))
         if method == "auto" and request is None and share is None and is_lossy(checkpoint):
+            if tensor_parallel > 1:
+                raise UsageError(
+                    "a lossy archive is packed as it is, not for tensor parallelism",
+                    where=str(src),
+                    hint="Leave that option out; of low-rank factors each rank computes its part anyway",
+                )
             repacker = Repacker(checkpoint, area, progress, shard_bytes)
             manifest = repacker.run()
             area.commit()
@@ -143,7 +158,7 @@ def pack(
         pipeline = stack.enter_context(Pipeline(jobs))
         if request is None:  # a lossy request decomposes one tensor at a time, with all threads
             stack.enter_context(one_thread_each())
-        packer = Packer(checkpoint, references, pipeline, area, progress, shard_bytes)
+        packer = Packer(checkpoint, references, pipeline, area, progress, shard_bytes, tensor_parallel)
         for name, origin in origins.items():
             check_usable_base(references[name])
             packer.identify_base(name, *provenance(origin))
@@ -162,7 +177,7 @@ def pack(
         bases_needed=tuple(str(each) for name, each in zip(origins, given, strict=True) if name in manifest.bases),
         method="lossless" if request is None else "lowrank",
         non_finite=packer.non_finite,
-        notes=tuple(_in_vain(manifest, anchors, lossy=request is not None)),
+        notes=tuple(_in_vain(manifest, anchors, lossy=request is not None, ranks=tensor_parallel)),
     )
 
 
@@ -198,7 +213,7 @@ def _request(method: str, bases: int, **options: Any) -> Request | None:
     return request
 
 
-def _in_vain(manifest: Manifest, anchors: Mapping[str, str], *, lossy: bool) -> Iterator[str]:
+def _in_vain(manifest: Manifest, anchors: Mapping[str, str], *, lossy: bool, ranks: int) -> Iterator[str]:
     """What was asked for and came to nothing, in words.
 
     Args:
@@ -207,6 +222,11 @@ def _in_vain(manifest: Manifest, anchors: Mapping[str, str], *, lossy: bool) -> 
     nodes = (node for name in anchors for node in manifest.tensors[name].recipe.walk())
     if anchors and not any(isinstance(node, Ref) and node.base is None for node in nodes):
         yield "no layer shares anything: no tensor is smaller as a difference to that of its anchor layer"
+    if ranks > 1 and not any(isinstance(tensor.recipe, Panels) for tensor in manifest.tensors.values()):
+        yield (
+            "nothing is stored for tensor parallelism: no weight that it splits by columns is large, has columns for "
+            f"{ranks} ranks, and is compressed by itself"
+        )
     if lossy and manifest.exact:
         yield "no tensor became low rank: all of them are stored without loss"
 

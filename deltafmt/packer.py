@@ -15,6 +15,7 @@ from .errors import UsageError
 from .manifest import Base, BaseTensor, Manifest, Tensor
 from .methods.lossless import Coding, choose
 from .methods.lowrank import Factored, LowrankMethod, Request
+from .methods.panels import good_order
 from .methods.prediction import Elements, Referred
 from .operators import Ref
 from .operators.patch import predicts
@@ -43,6 +44,7 @@ class Packer:
         references: the bases, by the ids that the manifest gives them.
         area: where the archive is written; the caller commits it.
         shard_bytes: begin another shard once this many bytes are in one.
+        ranks: of tensor parallelism; each is to read its part of the weights only.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Packer:
         area: Staging,
         progress: Progress,
         shard_bytes: int,
+        ranks: int = 1,
     ) -> None:
         self._checkpoint, self._references, self._pipeline, self._area = checkpoint, references, pipeline, area
         arrays = [(name, len(info.shape)) for name, info in checkpoint.tensors.items()]
@@ -65,7 +68,7 @@ class Packer:
         self._anchors: Mapping[str, str] = {}
         self._is_anchor: frozenset[str] = frozenset()
         self._buffers = BufferPool(IN_FLIGHT_BYTES)
-        self._progress = progress
+        self._progress, self._ranks = progress, ranks
         self._done = 0
         self._total = sum(info.nbytes for info in checkpoint.tensors.values())
 
@@ -120,7 +123,8 @@ class Packer:
         if self._copy(name, (info.dtype.name, info.shape, found)) is not None:
             return _Prepared(found, bits)
         bases = list(self._predictions(name, info))
-        coding = choose(name, Elements(info.dtype, info.shape, bits), bases)
+        order = good_order(name, info.shape, info.dtype, self._ranks)
+        coding = choose(name, Elements(info.dtype, info.shape, bits), bases, order)
         coding.prepare()
         return _Prepared(found, bits, coding, bases=bases)
 
@@ -194,8 +198,9 @@ class Packer:
         self._copies.setdefault(identity, Ref(name))
         coding = prepared.coding
         assert coding is not None
-        plain = coding.prediction is None
-        stored = self._add(name if plain else f"{name}#residual", coding, info, prepared.digest if plain else None)
+        wanted = name if coding.prediction is None else f"{name}#residual"
+        same = coding.prediction is None and coding.order is None  # what is stored, as the tensor
+        stored = self._add(wanted, coding, info, prepared.digest if same else None)
         return Tensor(info.dtype, info.shape, coding.recipe(name, stored, self._writer), digest=prepared.digest)
 
     def _copy(self, name: str, identity: tuple[str, tuple[int, ...], str]) -> Ref | None:

@@ -54,7 +54,11 @@ def pieces(archive: Rebuilding, names: Iterable[str], pipeline: Pipeline) -> Ite
 
 def _split(archive: Rebuilding, name: str, rebuilder: Future[Rebuilder]) -> Iterator[Piece]:
     info = archive.tensors[name]
-    step = good_step(info.shape, info.dtype.width, PIECE_BYTES // info.dtype.width)
+    elements = PIECE_BYTES // info.dtype.width
+    if rebuilder.exception() is None:  # waits; as long as for this one, pieces of earlier tensors do
+        step = rebuilder.result().step(elements)
+    else:  # raised when it is their turn
+        step = good_step(info.shape, info.dtype.width, elements)
     for lo in range(0, max(info.count, 1), step):
         hi = min(lo + step, info.count)
         yield Piece(name, rebuilder, lo, hi, hi == info.count)

@@ -5,6 +5,7 @@ What can be checked without tensor bytes is checked when it is opened; chunks ar
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from .limits import DEFAULT_LIMITS, Limits
 from .manifest import Array, Base, Manifest
 from .manifest_parser import parse_manifest
 from .names import MANIFEST, escaped, is_shard_name
-from .operators.base import Read
+from .operators.base import RangeReader, Reader
 from .process import without_collecting
 from .rebuild import Rebuilder
 from .safetensors_file import carried_manifest, is_carrier
@@ -226,10 +227,10 @@ class Archive(Checkpoint):
         self._check_open()
         return self._shards[self.manifest.arrays[name].shard].array(name)
 
-    def tensor_reader(self, name: str) -> Read:
-        return self.rebuilder(name).read
+    def tensor_reader(self, name: str) -> Reader:
+        return self.rebuilder(name)
 
-    def base_reader(self, base: str, name: str) -> Read:
+    def base_reader(self, base: str, name: str) -> Reader:
         return self.base(base).reader(name)
 
     @property
@@ -346,12 +347,13 @@ class VerifiedBase:
     def computes(self) -> bool:
         return isinstance(self._checkpoint, Archive) and self._checkpoint.computes
 
-    def reader(self, tensor: str) -> Read:
+    def reader(self, tensor: str) -> Reader:
         """A reader of a base tensor, its digest verified."""
         self.verify(tensor)
         if isinstance(self._checkpoint, Archive):
-            return self._checkpoint.rebuilder(tensor).read
-        return lambda lo, hi, out: self._checkpoint.read(tensor, lo, hi, out)
+            return self._checkpoint.rebuilder(tensor)
+        row = math.prod(self._expected.tensors[tensor].shape[1:])
+        return RangeReader(lambda lo, hi, out: self._checkpoint.read(tensor, lo, hi, out), row)
 
     def verify(self, tensor: str) -> None:
         """Check one tensor's digest, once. Raises `WrongBaseError` (reason `base-mismatch`)."""

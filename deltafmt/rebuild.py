@@ -41,13 +41,23 @@ class Rebuilder:
     def dtype(self) -> Dtype:
         return self.target.dtype
 
+    @property
+    def together(self) -> int:
+        """As of `Value`."""
+        return self._value.together
+
+    def step(self, elements: int) -> int:
+        """As `good_step`, and a multiple of what is read together."""
+        step = good_step(self.target.shape, self.dtype.width, elements)
+        return max(step // self.together, 1) * self.together
+
     def read(self, lo: int, hi: int, out: Bits) -> None:
         """Elements `[lo, hi)` (flat indices), as bits of the tensor's dtype, into `out`."""
         if isinstance(self._value, ReadValue):
             self._value.bits(lo, hi, out)
             return
         # Blocks end where chunks do, as a rule, so that few are decoded twice.
-        step = good_step(self.target.shape, self.dtype.width, _BLOCK_ELEMENTS)
+        step = self.step(_BLOCK_ELEMENTS)
         begin = lo
         while begin < hi:
             end = min((begin // step + 1) * step, hi)
@@ -63,8 +73,9 @@ class Rebuilder:
     def read_rectangle(self, part: Rectangle, out: Bits) -> None:
         """A rectangle of the tensor taken as a matrix, as bits of its dtype, into `out`, `[rows, columns]`.
 
-        Of sums, low-rank products and scaled tensors the rectangle is computed and nothing else; the stored and base
-        tensors in them are decoded in whole rows, as chunks hold them, and cut. A patch is made in whole rows.
+        Of sums, low-rank products and scaled tensors the rectangle is computed and nothing else; of what is in panels
+        those are decoded that it touches. Other stored and base tensors are decoded in whole rows, as chunks hold them,
+        and cut. A patch is made in whole rows.
         Beside `out` a bounded number of elements is in memory, whatever is cut.
         """
         row = self.target.row
@@ -96,7 +107,7 @@ class Rebuilder:
 
     def rows_in(self, elements: int) -> int:
         """Rows in about so many elements, as a rule in whole chunks; 0 where a row is longer than that."""
-        return good_step(self.target.shape, self.dtype.width, elements) // max(self.target.row, 1)
+        return self.step(elements) // max(self.target.row, 1)
 
     def reference(self, lo: int, hi: int) -> Bits:
         """The same elements by the ordered reference: slow, and the definition."""
@@ -110,7 +121,7 @@ class Rebuilder:
 
 def read_in_pieces(rebuilder: Rebuilder, lo: int, hi: int, out: Bits, pool: Pool) -> None:
     """Elements `[lo, hi)` into `out`, in pieces that are rebuilt side by side."""
-    step = good_step(rebuilder.target.shape, rebuilder.dtype.width, _PIECE_ELEMENTS)
+    step = rebuilder.step(_PIECE_ELEMENTS)
     edges = [lo, *range((lo // step + 1) * step, hi, step), hi]
     pool.each(pairwise(edges), lambda piece: rebuilder.read(*piece, out[piece[0] - lo : piece[1] - lo]))
 

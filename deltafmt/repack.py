@@ -87,7 +87,7 @@ class Repacker:
             assert ref.base is not None
             info = self._archive.manifest.bases[ref.base].tensors[ref.tensor]
             bits = np.empty(info.nbytes // info.dtype.width, info.dtype.bits)
-            self._archive.base_reader(ref.base, ref.tensor)(0, bits.size, bits)
+            self._archive.base_reader(ref.base, ref.tensor).read(0, bits.size, bits)
             wanted = tensor if ref in self._owners else f"{tensor}#base"
             self._of_bases[ref] = Stored(self.writer.add_bits(wanted, info.dtype, info.shape, bits))
         return self._of_bases[ref]

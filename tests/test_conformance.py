@@ -33,6 +33,8 @@ BEYOND_SCHEMA = {
     "name-of-originals-equal",
     "name-of-shards-equal",
     "name-of-tensor-too-long",
+    "panels-columns-float",
+    "panels-rows-float",
     "shape-fraction",
     "shard-index-out-of-range",
     "shard-size-fraction",
@@ -114,7 +116,7 @@ def test_every_dtype_filter_coder_and_operator_has_a_valid_vector() -> None:
     segmented = {array["dtype"] for array in arrays if array["encoding"]["filter"] == "segments"}
     assert segmented == {f"{sign}{size}" for sign in "UI" for size in (8, 16, 32, 64)}
     text = json.dumps([m["tensors"] for m in manifests])
-    operators = {"stored", "ref", "sum", "lowrank", "scaled", "rows", "decayed", "patch"}
+    operators = {"stored", "ref", "sum", "lowrank", "scaled", "rows", "panels", "decayed", "patch"}
     assert set(re.findall(r'"op": "([^"]*)"', text)) == operators
     assert set(re.findall(r'"by": "([^"]*)"', text)) == {"exponent", "margin"}
     patched = {t["dtype"] for m in manifests for t in m["tensors"].values() if t["recipe"]["op"] == "patch"}

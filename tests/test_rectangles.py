@@ -31,6 +31,10 @@ def scaled(x: Json, scale: str) -> Json:
     return {"op": "scaled", "x": x, "scale": stored(scale)}
 
 
+def panels(x: Json, rows: int, columns: int) -> Json:
+    return {"op": "panels", "x": x, "rows": rows, "columns": columns}
+
+
 RECIPES = {
     "plain": ("F32", stored("wide")),
     "tied": ("BF16", ref("half")),
@@ -42,6 +46,10 @@ RECIPES = {
     "scaled by row": ("F16", scaled(sum_of(stored("half"), stored("wide")), "by row")),
     "scaled in a sum": ("BF16", sum_of(stored("wide"), scaled(lowrank("ia", "ib"), "number"))),
     "rows": ("F32", {"op": "rows", "x": stored("short")}),
+    "panels": ("F32", panels(stored("wide"), 13, 20)),
+    "panels of another": ("BF16", panels(ref("patched"), 150, 7)),
+    "panels in a sum": ("BF16", sum_of(panels(stored("half"), 4, 33), lowrank("ia", "ib", scale=2.0**-9))),
+    "of panels": ("F32", sum_of(ref("panels"), stored("half"))),
     "patched": ("BF16", patch(sum_of(stored("half"), lowrank("ia", "ib", scale=2.0**-9)), stored("residual"))),
     "of another": ("BF16", sum_of(ref("patched"), lowrank("ia", "ib", scale=2.0**-12))),
     "floats": ("BF16", sum_of(stored("half"), lowrank("fa", "fb", scale=0.3))),

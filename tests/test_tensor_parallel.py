@@ -74,8 +74,8 @@ dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """(base, lossless archive of it, lossy low-rank archive of a fine-tune against it)."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, Path]:
+    """(base, lossless archive of it, the same for two ranks, lossy low-rank archive of a fine-tune against it)."""
     root = tmp_path_factory.mktemp("parallel")
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).bfloat16()
@@ -85,22 +85,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
         weight += (torch.randn(len(weight), 3) @ torch.randn(3, weight.shape[1]) / 64).bfloat16()
     model.save_pretrained(root / "tuned")
     deltafmt.pack(root / "base", root / "exact")
+    deltafmt.pack(root / "base", root / "for two", tensor_parallel=2)
     deltafmt.pack(root / "tuned", root / "lossy", base=root / "base", method="lowrank", rank=3)
-    return root / "base", root / "exact", root / "lossy"
+    return root / "base", root / "exact", root / "for two", root / "lossy"
 
 
 @pytest.fixture(scope="module")
-def ranks(models: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(models: tuple[Path, ...], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found."""
     return of_two_ranks(_RANK, tmp_path_factory.mktemp("ranks"), models)
 
 
-@pytest.mark.parametrize("which", [1, 2], ids=["exact", "lossy"])
+@pytest.mark.parametrize("which", [1, 2, 3], ids=["exact", "for two", "lossy"])
 def test_each_rank_has_its_part_of_the_model(
-    models: tuple[Path, Path, Path], ranks: list[dict[str, Any]], which: int, tmp_path: Path
+    models: tuple[Path, ...], ranks: list[dict[str, Any]], which: int, tmp_path: Path
 ) -> None:
     archive = models[which]
-    deltafmt.unpack(archive, tmp_path / "plain", base=models[0] if which == 2 else None)
+    deltafmt.unpack(archive, tmp_path / "plain", base=models[0] if which == 3 else None)
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     one, other = (found[str(archive)] for found in ranks)
     assert one["axes"] == other["axes"]
@@ -109,7 +110,7 @@ def test_each_rank_has_its_part_of_the_model(
         axis = one["axes"].get(name)
         halves = weight.chunk(2, axis) if axis is not None else [weight] * 2
         for half, found in zip(halves, (one["parts"][name], other["parts"][name]), strict=True):
-            if which == 1:
+            if which < 3:
                 assert torch.equal(found, half), name
             else:  # float products in blocks of another size may round otherwise
                 torch.testing.assert_close(found, half, rtol=2**-7, atol=1e-6)
@@ -119,9 +120,22 @@ def test_each_rank_has_its_part_of_the_model(
         torch.testing.assert_close(found["logits"], logits, rtol=0, atol=0.02 * float(logits.abs().max()))
 
 
-def test_each_rank_reads_the_chunks_of_its_part(models: tuple[Path, Path, Path], ranks: list[dict[str, Any]]) -> None:
-    """Split by rows: those of its rows, so each half. Split by columns: all, since a chunk holds whole rows."""
-    _, exact, _ = models
+def test_each_rank_reads_its_part_and_no_more(models: tuple[Path, ...], ranks: list[dict[str, Any]]) -> None:
+    """Of an archive that was packed for two ranks."""
+    archive = models[2]
+    for found in (rank[str(archive)] for rank in ranks):
+        stored, read = _read(archive, found["reads"])
+        assert set(found["axes"].values()) == {0, 1}
+        for name in found["axes"]:
+            assert read[name] == pytest.approx(stored[name] / 2, rel=0.01), name
+    both = sum((_read(archive, rank[str(archive)]["reads"])[1] for rank in ranks), Counter[str]())
+    assert all(both[name] == _read(archive, [])[0][name] for name in ranks[0][str(archive)]["axes"])  # nothing twice
+
+
+def test_each_rank_reads_the_chunks_of_its_part(models: tuple[Path, ...], ranks: list[dict[str, Any]]) -> None:
+    """Of another archive. Split by rows: those of its rows, so each half. Split by columns: all, since a chunk holds
+    whole rows."""
+    exact = models[1]
     for found in (rank[str(exact)] for rank in ranks):
         stored, read = _read(exact, found["reads"])
         for name, axis in found["axes"].items():
@@ -132,8 +146,8 @@ def test_each_rank_reads_the_chunks_of_its_part(models: tuple[Path, Path, Path],
     assert all(both[name] == _read(exact, [])[0][name] for name in by_rows)  # no chunk twice
 
 
-def test_each_rank_computes_its_part_of_products(models: tuple[Path, Path, Path], ranks: list[dict[str, Any]]) -> None:
-    base, _, lossy = models
+def test_each_rank_computes_its_part_of_products(models: tuple[Path, ...], ranks: list[dict[str, Any]]) -> None:
+    base, *_, lossy = models
     plain = load_file(base / "model.safetensors")
     digests = sum(tensor.nbytes for tensor in plain.values())  # before they are used, base tensors are read whole
     for rank in ranks:

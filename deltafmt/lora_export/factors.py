@@ -68,7 +68,7 @@ class Change:
         self._wide = np.dtype("f8" if "F64" in (self._target.dtype.name, self._base_dtype.name) else "f4")
         self._tuned = archive.read_whole(name)
         self._base = np.empty(self._tuned.size, self._base_dtype.bits)
-        archive.base_reader(base, name)(0, self._base.size, self._base)
+        archive.base_reader(base, name).read(0, self._base.size, self._base)
 
     def energy(self) -> float:
         """The squared Frobenius norm of the change."""

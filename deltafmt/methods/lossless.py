@@ -10,11 +10,13 @@ from ..dtypes import DTYPES, Bits, Dtype
 from ..encodings import Encoding, best_low_bits, compressed, encode_chunk, encode_chunks, raw, residuals
 from ..operators import Operator, Patch, Stored
 from ..operators.groups import Groups
+from ..operators.panels import Order
 from ..operators.patch import difference, difference_in_groups
 from ..pipeline import Pipeline
 from ..scratch import STEP_BYTES
 from ..writer import ArchiveWriter
 from .merged import computed
+from .panels import in_panels, of_panels
 from .prediction import Elements, Prediction, Referred
 
 _FEW_CHUNKS = 16  # of a tensor that one thread encodes
@@ -31,6 +33,7 @@ class Coding:
 
     Attributes:
         groups: how the residuals are grouped, if they are; the encoding is then `encodings.residuals`.
+        order: of elements stored as they are, if it is not the tensor's own.
     """
 
     dtype: Dtype
@@ -38,6 +41,7 @@ class Coding:
     bits: Bits
     prediction: Prediction | None = None
     groups: Groups | None = None
+    order: Order | None = None
     _encoded: dict[int, tuple[Bits, list[Any]]] = field(default_factory=dict, repr=False, compare=False)
     _low_bits: list[int] = field(default_factory=list, repr=False, compare=False)  # of each group, once it is known
 
@@ -53,7 +57,7 @@ class Coding:
     def recipe(self, name: str, array: str, writer: ArchiveWriter) -> Operator:
         """The recipe of tensor `name`, once `array` holds what `encoded` gives. Writes what the prediction needs."""
         if self.prediction is None:
-            return Stored(array)
+            return in_panels(Stored(array), self.order)
         return Patch(self.prediction.write(name, writer), Stored(array), self.groups)
 
     def prepare(self) -> None:
@@ -105,6 +109,8 @@ class Coding:
     def _elements(self, first: int, last: int) -> tuple[Bits, list[list[int]] | None]:
         """What is stored of some chunks, and where they are grouped the elements of each segment of each."""
         lo, hi = first * self.encoding.chunk, min(last * self.encoding.chunk, self.bits.size)
+        if self.order is not None:
+            return self.order.stored(self.bits, lo, hi), None
         elements = self.bits[lo:hi]
         if self.prediction is None:
             return elements, None
@@ -143,10 +149,11 @@ class Coding:
         return own + table + (stored * self.bits.size / elements if elements else 0)
 
 
-def candidates(tensor: Elements, predictions: Iterable[Prediction]) -> Iterator[Coding]:
-    """The codings worth a look, cheapest to read first."""
+def candidates(tensor: Elements, predictions: Iterable[Prediction], order: Order | None = None) -> Iterator[Coding]:
+    """The codings worth a look, cheapest to read first; what is compressed by itself, in the order that is given."""
     yield Coding(tensor.dtype, raw(tensor.dtype, tensor.shape), tensor.bits)
-    yield Coding(tensor.dtype, compressed(tensor.dtype, tensor.shape), tensor.bits)
+    encoding = compressed(tensor.dtype, tensor.shape) if order is None else of_panels(tensor.dtype, order)
+    yield Coding(tensor.dtype, encoding, tensor.bits, order=order)
     for prediction in predictions:
         yield from patches(tensor, prediction)
 
@@ -175,15 +182,16 @@ def smallest(codings: Iterable[Coding]) -> Coding:
     return min(every, key=Coding.estimate)
 
 
-def choose(name: str, tensor: Elements, bases: Sequence[Referred] = ()) -> Coding:
+def choose(name: str, tensor: Elements, bases: Sequence[Referred] = (), order: Order | None = None) -> Coding:
     """The coding with the smallest estimate; the simpler one where they are equal.
 
     Args:
         name: of the tensor.
         tensor: what is to be stored.
         bases: what may predict it.
+        order: of its elements if it is compressed by itself; its own if None.
     """
-    plain = list(candidates(tensor, bases))
+    plain = list(candidates(tensor, bases, order))
     best = smallest(plain)
     patched = sorted((coding for coding in plain if coding.prediction is not None), key=Coding.estimate)
     closest = dict.fromkeys(coding.prediction for coding in patched)

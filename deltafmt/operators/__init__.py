@@ -11,6 +11,7 @@ from ..strictjson import Fields
 from .base import Facts, Operator, Scope, Source, Target, Value
 from .decayed import Decayed
 from .lowrank import Lowrank
+from .panels import Panels
 from .patch import Patch
 from .ref import Ref
 from .rows import Rows
@@ -19,7 +20,7 @@ from .stored import Stored
 from .sum import Sum
 
 OPERATORS: dict[str, type[Operator]] = {
-    kind.op: kind for kind in (Stored, Ref, Sum, Lowrank, Scaled, Rows, Decayed, Patch)
+    kind.op: kind for kind in (Stored, Ref, Sum, Lowrank, Scaled, Rows, Panels, Decayed, Patch)
 }
 
 _PLAIN = {"op", "array"}
@@ -30,6 +31,7 @@ __all__ = [
     "Facts",
     "Lowrank",
     "Operator",
+    "Panels",
     "Patch",
     "Ref",
     "Rows",

@@ -53,12 +53,26 @@ Read = Callable[[int, int, Bits], None]
 """Puts elements `[lo, hi)` (flat indices) into an array of bits; may be called from many threads."""
 
 
+class Reader(Protocol):
+    """Reads any part of one tensor, as bits; may be called from many threads."""
+
+    @property
+    def together(self) -> int:
+        """As of `Value`."""
+
+    def read(self, lo: int, hi: int, out: Bits) -> None:
+        """Put elements `[lo, hi)` (flat indices) into `out`."""
+
+    def read_rectangle(self, part: Rectangle, out: Bits) -> None:
+        """Put a part of the tensor taken as a matrix into `out`, `[rows, columns]`."""
+
+
 class Source(Protocol):
     """Where a recipe's names become data."""
 
     def array_reader(self, name: str) -> Read: ...
-    def tensor_reader(self, name: str) -> Read: ...
-    def base_reader(self, base: str, name: str) -> Read: ...
+    def tensor_reader(self, name: str) -> Reader: ...
+    def base_reader(self, base: str, name: str) -> Reader: ...
 
 
 @dataclass(frozen=True)
@@ -97,10 +111,45 @@ class Rectangle(NamedTuple):
         return self.bottom - self.top, self.columns
 
 
+def rectangles(lo: int, hi: int, row: int) -> Iterator[Rectangle]:
+    """Elements `[lo, hi)` of a matrix with rows of so many: whole rows, and what is before and behind them."""
+    while lo < hi:
+        top, left = divmod(lo, row)
+        rows = max((hi - lo) // row, 1) if left == 0 else 1
+        part = Rectangle(top, top + rows, left, min(row, left + hi - lo))
+        yield part
+        lo += rows * part.columns
+
+
+class RangeReader:
+    """A `Reader` of a tensor that is read in ranges, `row` elements a row: of rectangles it reads whole rows."""
+
+    together = 1
+
+    def __init__(self, read: Read, row: int) -> None:
+        self.read, self._row = read, row
+
+    def read_rectangle(self, part: Rectangle, out: Bits) -> None:
+        with borrowed(out.dtype, len(out) * self._row) as rows:
+            self.read(part.top * self._row, part.bottom * self._row, rows)
+            np.copyto(out, rows.reshape(-1, self._row)[:, part.left : part.right])
+
+
+def in_memory(bits: Bits, shape: Shape) -> RangeReader:
+    """A reader of a tensor whose elements are at hand, flat."""
+    return RangeReader(lambda lo, hi, out: np.copyto(out, bits[lo:hi]), math.prod(shape[1:]))
+
+
 class Value(ABC):
-    """An operator bound to its source and target. A node with a dtype has `bits`; every float node has `accumulate`."""
+    """An operator bound to its source and target. A node with a dtype has `bits`; every float node has `accumulate`.
+
+    Attributes:
+        together: elements that are read at once or each of them several times: ranges should begin and end at
+            multiples of so many.
+    """
 
     facts: Facts
+    together = 1
 
     def bits(self, lo: int, hi: int, out: Bits) -> None:
         """Put elements `[lo, hi)` into `out` as bit patterns of the node's dtype."""
@@ -123,11 +172,7 @@ class Value(ABC):
 
     def rectangle_bits(self, part: Rectangle, out: Bits) -> None:
         """As `bits`, into `[rows, columns]`. Whole rows are read: a chunk holds such, and a patch needs all of it."""
-        assert self.facts.dtype is not None
-        row = math.prod(self.facts.shape[1:])
-        with borrowed(self.facts.dtype.bits, len(out) * row) as rows:
-            self.bits(part.top * row, part.bottom * row, rows)
-            np.copyto(out, rows.reshape(-1, row)[:, part.left : part.right])
+        RangeReader(self.bits, math.prod(self.facts.shape[1:])).read_rectangle(part, out)
 
     def accumulate_rectangle(self, part: Rectangle, into: Wide, first: bool) -> None:
         """As `accumulate`, into `[rows, columns]`. Every wide node has its own way to compute these and no others."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from ..gemm import OntoBf16, Product
 from ..names import escaped
 from ..scratch import borrowed
 from ..strictjson import Fields
-from .base import Facts, Operator, Rectangle, Scope, Source, Target, Value, Wide, misfit
+from .base import Facts, Operator, Rectangle, Scope, Source, Target, Value, Wide, misfit, rectangles
 
 FACTOR_INTEGERS = frozenset(DTYPES[name] for name in ("I8", "I16", "I32"))
 FACTOR_FLOATS = frozenset(dtype for dtype in DTYPES.values() if dtype.is_float)
@@ -168,9 +168,9 @@ class _Lowrank(Value):
 
     def accumulate(self, lo: int, hi: int, into: Wide, first: bool) -> None:
         product, begin = self.product(), lo
-        for top, left, columns, rows in _rectangles(lo, hi, self._target.row):
-            end = begin + rows * columns
-            product.add(into[begin - lo : end - lo].reshape(rows, columns), top, left, first)
+        for part in rectangles(lo, hi, self._target.row):
+            end = begin + math.prod(part.shape)
+            product.add(into[begin - lo : end - lo].reshape(part.shape), part.top, part.left, first)
             begin = end
 
     def accumulate_rectangle(self, part: Rectangle, into: Wide, first: bool) -> None:
@@ -187,16 +187,6 @@ class _Lowrank(Value):
         for a, b in self.product().components():
             total += b[top:bottom, None] * a
         return total.reshape(-1)[lo - top * row : hi - top * row]
-
-
-def _rectangles(lo: int, hi: int, row: int) -> Iterator[tuple[int, int, int, int]]:
-    """Elements `[lo, hi)` as `(top, left, columns, rows)`: whole rows, and what is before and behind them."""
-    while lo < hi:
-        top, left = divmod(lo, row)
-        rows = (hi - lo) // row if left == 0 else 0
-        columns = min(row, left + hi - lo) - left
-        yield top, left, columns, max(rows, 1)
-        lo += columns * max(rows, 1)
 
 
 def _whole_integers(value: Value) -> Integers:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..dtypes import Bits
 from ..names import escaped
 from ..strictjson import Fields
-from .base import Facts, Operator, ReadValue, Scope, Source, Target, Value, found_facts
+from .base import Facts, Operator, Reader, ReadValue, Rectangle, Scope, Source, Target, Value, found_facts
 
 
 @dataclass(frozen=True)
@@ -34,5 +35,15 @@ class Ref(Operator):
         )
 
     def bind(self, source: Source, scope: Scope, target: Target) -> Value:
-        read = source.tensor_reader(self.tensor) if self.base is None else source.base_reader(self.base, self.tensor)
-        return ReadValue(self.infer(scope, target, target.name), read)
+        reader = source.tensor_reader(self.tensor) if self.base is None else source.base_reader(self.base, self.tensor)
+        return _Ref(self.infer(scope, target, target.name), reader)
+
+
+class _Ref(ReadValue):
+    def __init__(self, facts: Facts, reader: Reader) -> None:
+        super().__init__(facts, reader.read)
+        self._reader = reader
+        self.together = reader.together
+
+    def rectangle_bits(self, part: Rectangle, out: Bits) -> None:
+        self._reader.read_rectangle(part, out)

@@ -268,7 +268,7 @@ def _item(archive: Archive, weight: _Weight, cast: Cast) -> Item:
             archive.array_reader(source.array)(0, bits.size, bits)
         else:
             assert source.base is not None
-            archive.base_reader(source.base, source.tensor)(0, bits.size, bits)
+            archive.base_reader(source.base, source.tensor).read(0, bits.size, bits)
 
     return Item(*_facts(archive, weight), read, cast)
 

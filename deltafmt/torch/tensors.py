@@ -7,7 +7,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..gemm import one_thread_each
 from ..manifest import Manifest
 from ..operators import Operator, Ref, Scope, Target
-from ..operators.base import Read
+from ..operators.base import Read, Reader, Rectangle, in_memory
 from ..pipeline import Pipeline, Pool
 from ..reader import Archive
 from ..rebuild import Rebuilder, read_in_pieces
@@ -27,6 +27,7 @@ from .recipes import prefix, same_as
 _Key = TypeVar("_Key", bound=Hashable)
 
 _KEPT_BYTES = 256 << 20
+_Place: TypeAlias = "tuple[int, int] | Rectangle"
 
 SAFETENSORS_NAMES = {getattr(torch, dtype.values.name): dtype.name for dtype in DTYPES.values()}
 """torch dtype -> its name in safetensors."""
@@ -212,15 +213,15 @@ class _Memory:
     def array_reader(self, name: str) -> Read:
         return self._archive.array_reader(name)
 
-    def tensor_reader(self, name: str) -> Read:
+    def tensor_reader(self, name: str) -> Reader:
         return self._known(same_as(self._archive.manifest, name)) or self._archive.tensor_reader(name)
 
-    def base_reader(self, base: str, name: str) -> Read:
+    def base_reader(self, base: str, name: str) -> Reader:
         return self._known(Ref(name, base)) or self._archive.base_reader(base, name)
 
-    def _known(self, ref: Ref) -> Read | None:
+    def _known(self, ref: Ref) -> Reader | None:
         known = self._bits.get(ref)
-        return None if known is None else lambda lo, hi, out: np.copyto(out, known[lo:hi])
+        return None if known is None else in_memory(known, _shape(self._archive.manifest, ref))
 
 
 class SharedPieces:
@@ -235,10 +236,10 @@ class SharedPieces:
         manifest = self._archive.manifest
         named = Counter(same_as(manifest, name) for name in manifest.tensors)
         self._uses = named + _referred(manifest, named)
-        self._pieces: dict[tuple[Ref, int, int], tuple[Bits, int]] = {}
+        self._pieces: dict[tuple[Ref, _Place], tuple[Bits, int]] = {}
         self._room = _KEPT_BYTES
         self._lock = threading.Lock()
-        self._reading: defaultdict[tuple[Ref, int, int], threading.Lock] = defaultdict(threading.Lock)
+        self._reading: defaultdict[tuple[Ref, _Place], threading.Lock] = defaultdict(threading.Lock)
 
     def get_slice(self, name: str) -> TensorSlice:
         """As of `deltafmt.archive.OpenArchive`."""
@@ -252,39 +253,60 @@ class SharedPieces:
     def array_reader(self, name: str) -> Read:
         return self._archive.array_reader(name)
 
-    def tensor_reader(self, name: str) -> Read:
+    def tensor_reader(self, name: str) -> Reader:
         ref = same_as(self._archive.manifest, name)
         if ref.base is not None:
             return self.base_reader(ref.base, ref.tensor)
-        return self._reader(ref, self._rebuilder(ref.tensor).read)
+        return self._reader(ref, self._rebuilder(ref.tensor))
 
-    def base_reader(self, base: str, name: str) -> Read:
+    def base_reader(self, base: str, name: str) -> Reader:
         return self._reader(Ref(name, base), self._archive.base_reader(base, name))
 
-    def _reader(self, ref: Ref, read: Read) -> Read:
-        def read_once(lo: int, hi: int, out: Bits) -> None:
-            with self._lock:
-                reading = self._reading[ref, lo, hi]
-            with reading:  # references have no cycles: neither have those who wait
-                read_or_copy(lo, hi, out)
+    def _reader(self, ref: Ref, reader: Reader) -> Reader:
+        return _Once(self, ref, reader) if self._uses[ref] > 1 else reader
 
-        def read_or_copy(lo: int, hi: int, out: Bits) -> None:
+    def once(self, ref: Ref, place: _Place, out: Bits, read: Callable[[], None]) -> None:
+        """Put a piece of a tensor into `out`: by `read`, or as it was read before."""
+        with self._lock:
+            reading = self._reading[ref, place]
+        with reading:  # references have no cycles: neither have those who wait
             with self._lock:
-                known, left = self._pieces.pop((ref, lo, hi), (None, self._uses[ref]))
+                known, left = self._pieces.pop((ref, place), (None, self._uses[ref]))
                 if known is not None and left > 1:
-                    self._pieces[ref, lo, hi] = known, left - 1
+                    self._pieces[ref, place] = known, left - 1
                 elif known is not None:
                     self._room += known.nbytes
             if known is not None:
                 np.copyto(out, known)
                 return
-            read(lo, hi, out)
+            read()
             with self._lock:
-                if (ref, lo, hi) not in self._pieces and out.nbytes <= self._room:
+                if (ref, place) not in self._pieces and out.nbytes <= self._room:
                     self._room -= out.nbytes
-                    self._pieces[ref, lo, hi] = out.copy(), left - 1
+                    self._pieces[ref, place] = out.copy(), left - 1
 
-        return read_once if self._uses[ref] > 1 else read
+
+@dataclass(frozen=True)
+class _Once:
+    """A `Reader` of a tensor that several recipes refer to."""
+
+    pieces: SharedPieces
+    ref: Ref
+    reader: Reader
+
+    @property
+    def together(self) -> int:
+        return self.reader.together
+
+    def read(self, lo: int, hi: int, out: Bits) -> None:
+        self.pieces.once(self.ref, (lo, hi), out, lambda: self.reader.read(lo, hi, out))
+
+    def read_rectangle(self, part: Rectangle, out: Bits) -> None:
+        self.pieces.once(self.ref, part, out, lambda: self.reader.read_rectangle(part, out))
+
+
+def _shape(manifest: Manifest, ref: Ref) -> Shape:
+    return (manifest if ref.base is None else manifest.bases[ref.base]).tensors[ref.tensor].shape
 
 
 def _referred(manifest: Manifest, refs: Iterable[Ref]) -> Counter[Ref]:

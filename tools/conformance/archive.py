@@ -260,6 +260,17 @@ class Archive:
             assert isinstance(parts[0], tuple)
             size = math.prod(shape) * WIDTH[parts[0][0]]
             return parts[0][0], parts[0][1][:size].ljust(size, b"\0")
+        if node["op"] == "panels":
+            assert isinstance(parts[0], tuple)
+            kind, elements = parts[0][0], np.frombuffer(parts[0][1], f"V{WIDTH[parts[0][0]]}")
+            matrix = np.empty((shape[0], math.prod(shape[1:])), elements.dtype)
+            at = 0
+            for top in range(0, len(matrix), node["rows"]):
+                for left in range(0, matrix.shape[1], node["columns"]):
+                    panel = matrix[top : top + node["rows"], left : left + node["columns"]]
+                    panel[...] = elements[at : at + panel.size].reshape(panel.shape)
+                    at += panel.size
+            return kind, matrix.tobytes()
         if node["op"] == "decayed":
             (kind, old), (_, table) = (part for part in parts if isinstance(part, tuple))
             return kind, decay(kind, unsigned(old, WIDTH[kind]), unsigned(table, WIDTH["U32"]))

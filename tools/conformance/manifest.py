@@ -128,6 +128,7 @@ def is_integer(value: object) -> bool:
 KINDS: dict[str, Callable[[Any], object]] = {
     "text": lambda v: isinstance(v, str),
     "integer": is_integer,
+    "positive": lambda v: is_integer(v) and v >= 1,
     "number": lambda v: type(v) in (int, float),
     "digest": lambda v: isinstance(v, str) and re.fullmatch("sha256:[0-9a-f]{64}", v),
     "list": lambda v: isinstance(v, list),
@@ -156,6 +157,7 @@ OPERATORS = {  # operators/README.md
     "lowrank": "op:text a:object b:object ?scale:number",
     "scaled": "op:text x:object scale:object",
     "rows": "op:text x:object",
+    "panels": "op:text x:object rows:positive columns:positive",
     "decayed": "op:text x:object table:object",
     "patch": "op:text prediction:object residual:object ?groups:object",
 }
@@ -163,6 +165,7 @@ OPERANDS = {  # the keys of an operator that hold nodes; `sum` has a list of the
     "lowrank": ("a", "b"),
     "scaled": ("x", "scale"),
     "rows": ("x",),
+    "panels": ("x",),
     "decayed": ("x", "table"),
     "patch": ("prediction", "residual"),
 }

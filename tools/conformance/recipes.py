@@ -114,6 +114,12 @@ def kind_of(m: dict[str, Any], owner: str, node: Node) -> Kind:
         fits = len(x.shape) >= 1 and len(target_shape) >= 1 and x.shape[1:] == target_shape[1:]
         need(x.dtype is not None and fits, "operand", f"{here}: {x} for {target_shape}")
         return Kind(x.dtype, target_shape, exact)
+    if op == "panels":
+        (x,) = parts
+        fits = x.dtype is not None and len(target_shape) >= 2 and x.shape == target_shape
+        need(fits, "operand", f"{here}: {x} for {target_shape}")
+        need(node["columns"] * 4096 >= math.prod(target_shape[1:]), "operand", f"{here}: {node['columns']} columns")
+        return Kind(x.dtype, target_shape, exact)
     if op == "decayed":
         x, table = parts
         need(x.dtype in ("F32", "F16", "BF16") and x.exact, "operand", f"{here}: {x}")

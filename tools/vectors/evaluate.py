@@ -88,9 +88,23 @@ class Recipe:
             x = self.operand(node["x"])
             size = math.prod(self.shape) * WIDTH[x.dtype]
             return Tensor(x.dtype, self.shape, x.data[:size] + bytes(max(0, size - len(x.data))))
+        if node["op"] == "panels":
+            return self.panels(self.operand(node["x"]), node["rows"], node["columns"])
         if node["op"] == "decayed":
             return decayed(self.operand(node["x"]), self.operand(node["table"]))
         return self.find(node)
+
+    def panels(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """Each element from where the formula of operators/panels.md says it is."""
+        m, n, width = self.shape[0], math.prod(self.shape[1:]), WIDTH[x.dtype]
+        data = b""
+        for i in range(m):
+            for j in range(n):
+                t, left = i // rows * rows, j // columns * columns
+                h, w = min(rows, m - t), min(columns, n - left)
+                at = t * n + h * left + (i - t) * w + (j - left)
+                data += x.data[at * width : (at + 1) * width]
+        return Tensor(x.dtype, self.shape, data)
 
     def low_rank(self, a: Tensor, b: Tensor, scale: float) -> Wide:
         rank, rows, columns = a.shape[0], self.shape[0], math.prod(self.shape[1:])
@@ -116,7 +130,7 @@ class Recipe:
 
     def exact(self) -> Tensor:
         """The tensor: the root's value, converted; NaNs without a sign."""
-        if self.node["op"] in ("stored", "ref", "rows", "decayed"):
+        if self.node["op"] in ("stored", "ref", "rows", "panels", "decayed"):
             return self.operand(self.node)
         return converted_root(self.wide().value, self.dtype, self.shape)
 
