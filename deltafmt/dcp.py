@@ -8,8 +8,8 @@ mesh, or plain tensors) is the planner's affair. Loading needs no room beyond th
 
 Split by rows (`Shard(0)`), a rank reads the chunks that hold its rows, about 256K elements each, and rebuilds its rows
 and no others. Split by columns (`Shard(1)`), it does so too of weights that were packed for it (`pack
---tensor-parallel N`), and computes its columns of a low-rank product and of what that is added to. Of others it reads as
-much as for the whole tensor: chunks hold whole rows, so stored and base tensors are decoded in these, and lossless
+--tensor-parallel N`), and computes its columns of a low-rank product and of what that is added to. Of others it reads
+as much as for the whole tensor: chunks hold whole rows, so stored and base tensors are decoded in these, and lossless
 patches are made in these.
 
 A tensor that a model has under two names (tied weights) and the checkpoint under one is in the archive under one, too:
