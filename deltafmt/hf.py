@@ -64,8 +64,7 @@ def register() -> None:
 
     For archives `from_pretrained` takes more arguments: `base`, as of `deltafmt.open`; and `mode`, `rank` and
     `max_bytes`, as of `deltafmt.torch.load_model`. Of its own it takes `dtype`, `device_map` (one device),
-    `attn_implementation` and `trust_remote_code` with these, and the class must be the one that `config.json` names, or
-    that of its model without a head (`AutoModel`), which then has what the whole model has of it and nothing made up.
+    `attn_implementation` and `trust_remote_code` with these, and the class must be the one that `config.json` names.
 
     Raises `MissingExtraError` if transformers is older than `OLDEST`.
     """
@@ -274,26 +273,16 @@ def _load_as(cls: Any, folder: Path, asked: dict[str, Any], args: tuple[Any, ...
             hint="Leave the others out, or load it without mode, rank and max_bytes",
         )
     named = named_classes(own, where)
-    whole = named == [cls.__name__]
-    if not whole and transformers.MODEL_MAPPING.get(type(own), None) is not cls:
-        raise _another_class(cls, named, folder)
+    if named != [cls.__name__]:
+        raise UsageError(
+            "mode, rank and max_bytes are for the class that config.json names",
+            where=str(folder),
+            expected=", ".join(named) or "a class, and it names none",
+            found=cls.__name__,
+        )
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     dtype = None if dtype == "auto" else dtype
-    model = load_model(folder, dtype=dtype, device=device, attn_implementation=attention, **passed)
-    part = model if whole else model.base_model
-    if type(part).__name__ != cls.__name__:
-        raise _another_class(cls, named, folder)
-    return part
-
-
-def _another_class(cls: Any, named: list[str], folder: Path) -> UsageError:
-    return UsageError(
-        "mode, rank and max_bytes are for the class that config.json names, and its model without a head",
-        where=str(folder),
-        expected=", ".join(named) or "a class, and it names none",
-        found=cls.__name__,
-        hint="Load that class, or leave them out",
-    )
+    return load_model(folder, dtype=dtype, device=device, attn_implementation=attention, **passed)
 
 
 class _Weight(LazyTensor):

@@ -284,7 +284,7 @@ def test_an_anchor_layer_is_read_once(
 @pytest.mark.parametrize(
     ("auto", "options", "said"),
     [
-        ("AutoModelForSequenceClassification", {}, "for the class that config.json names"),
+        ("AutoModel", {}, "for the class that config.json names"),
         ("AutoModelForCausalLM", {"device_map": {"model": "cpu", "lm_head": "disk"}}, "device_map="),
         ("AutoModelForCausalLM", {"use_cache": False}, "changes to the configuration"),
         ("AutoModelForCausalLM", {"output_loading_info": True}, "output_loading_info"),
@@ -293,34 +293,6 @@ def test_an_anchor_layer_is_read_once(
 def test_what_a_mode_does_not_go_with(auto: str, options: dict[str, Any], said: str, llama: tuple[Path, Path]) -> None:
     with pytest.raises(UsageError, match=said):
         getattr(transformers, auto).from_pretrained(llama[1], mode="fused", **options)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("mode", ["fused", "lazy"])
-def test_a_mode_without_the_head(mode: str, family: str, request: pytest.FixtureRequest) -> None:
-    plain, packed = request.getfixturevalue(family)
-    loaded = transformers.AutoModel.from_pretrained(packed, mode=mode)
-    expected = transformers.AutoModel.from_pretrained(plain)
-    assert type(loaded) is type(expected)
-    with torch.no_grad():
-        found, wanted = (model(TOKENS).last_hidden_state for model in (loaded, expected))
-    torch.testing.assert_close(found, wanted)
-
-
-def test_a_mode_of_an_encoder_under_a_head(tmp_path: Path) -> None:
-    """What the encoder by itself has and this one lacks, a pooler, is not made up."""
-    config = transformers.BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
-    )
-    model = transformers.BertForMaskedLM(config).eval()
-    model.save_pretrained(tmp_path / "plain")
-    deltafmt.pack(tmp_path / "plain", tmp_path / "packed")
-    loaded = transformers.AutoModel.from_pretrained(tmp_path / "packed", mode="fused")
-    assert type(loaded) is transformers.BertModel
-    with torch.no_grad():
-        found, wanted = loaded(TOKENS), model.bert(TOKENS)
-    torch.testing.assert_close(found.last_hidden_state, wanted.last_hidden_state)
-    assert found.pooler_output is None
 
 
 # What goes wrong is said
