@@ -51,7 +51,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("torch.distributed.checkpoint needs torch", extra="torch") from error
 
-_BLOCK_ELEMENTS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 21
 
 
 class DeltafmtReader(StorageReader):

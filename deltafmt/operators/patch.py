@@ -122,13 +122,17 @@ class _Grouped(Value):
 
     def _read(self, lo: int, hi: int, out: Bits) -> None:
         """Put whole chunks into `out`."""
-        residual = scratch("patch residual", self._dtype.bits, hi - lo)
-        self._residual.bits(lo, hi, residual)
+        grouping = None
         if self._groups.by == "exponent":
             self._predicted.bits(lo, hi, out)
-            correct_by_exponents(self._groups, self._chunk, residual, self._dtype, out)
         else:
             grouping = self._predicted.margins(lo, hi, self._groups, out)
+        # Now, and not before: what predicts may be another patch, and uses the same buffer.
+        residual = scratch("patch residual", self._dtype.bits, hi - lo)
+        self._residual.bits(lo, hi, residual)
+        if grouping is None:
+            correct_by_exponents(self._groups, self._chunk, residual, self._dtype, out)
+        else:
             correct_in_groups(self._groups, grouping, self._chunk, residual, self._dtype, out)
 
 

@@ -179,6 +179,10 @@ def patch_of_recipes() -> Draft:
     corrected(draft, "sum", "BF16", [6, 5], corrected_sum, "margin", MARGINS["F32"], 7)
     draft.exact("scaled again", draft.tensors["scaled"], inner)
     draft.computed("in a sum", "F32", [6, 5], plus(ref("sum"), ref("scaled"), low))
+    # Groups of what is in groups itself: a reader needs room for both residuals.
+    corrected(draft, "by exponent, of groups", "BF16", [6, 5], ref("scaled"), "exponent", BOUNDS["BF16"], 7)
+    third = plus(ref("by exponent, of groups"), low)
+    corrected(draft, "by margin, of groups", "BF16", [6, 5], third, "margin", MARGINS["F32"], 7)
     return draft
 
 
