@@ -196,8 +196,9 @@ class TensorSlice:
         return self._rebuilder.dtype.name
 
     def __getitem__(self, index: _Index | tuple[_Index, ...]) -> Any:
-        """The rows from the first to the last that are asked for are decoded, no others, and of a low-rank product, or
-        of what was packed for tensor parallelism, the columns from the first to the last; only the result is kept.
+        """The rows from the first to the last that are asked for are decoded, with what else is in their chunks, and of
+        a low-rank product, or of what was packed for tensor parallelism, the columns from the first to the last; only
+        the result is kept.
 
         Raises `IndexError` for what is out of range, too many indices or lists; `TypeError` for anything else.
         """

@@ -24,7 +24,7 @@ from .errors import DeltafmtError, IntegrityError, UsageError
 from .evaluation import DTYPES, MODES, measure
 from .inspect import inspect
 from .lora_export import RANKS, export_lora
-from .methods.panels import MOST_RANKS
+from .methods.panels import MAX_TENSOR_PARALLEL
 from .methods.sharing import Parts
 from .outcome import Stopped, StoppedError, explained, stoppable, tell
 from .pack import METHODS, pack
@@ -131,10 +131,10 @@ def program(ctx: click.Context) -> None:
 @click.option("--single-file", is_flag=True, help="Write the whole archive into one file; DST ends in .safetensors.")
 @click.option(
     "--tensor-parallel",
-    type=click.IntRange(1, MOST_RANKS),
-    default=1,
+    type=click.IntRange(1, MAX_TENSOR_PARALLEL),
     metavar="N",
-    help="Let each of N ranks read its part of every weight and no more, of those split by columns, too.",
+    help="Store weights that tensor parallelism splits by columns (o_proj, down_proj, ...) so that each of N ranks "
+    "reads its own columns only. Not weights stored as a difference.",
 )
 @click.option(
     "--auto-map",

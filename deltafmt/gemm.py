@@ -35,7 +35,7 @@ class Product:
         self.rank, self._columns, self._rows = len(a), a.shape[1], b.shape[1]
         self.has_kernel = native.available() and a.dtype == np.float32
         if self.has_kernel:
-            self._a, self._b = native.panels_of_a(a), native.panels_of_b(b)
+            self._a, self._b = native.packed_a(a), native.packed_b(b)
         else:
             self._a, self._b = a.copy(), b.copy()
 

@@ -62,17 +62,18 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
-def check_count(name: str, value: SupportsIndex | None, at_least: int) -> None:
-    """Raise `UsageError` if an argument of this name is no whole number, or less than it may be. None is no number to
-    be checked."""
+def check_count(name: str, value: SupportsIndex | None, at_least: int, at_most: int | None = None) -> None:
+    """Raise `UsageError` if an argument of this name is no whole number, or less or more than it may be. None is no
+    number to be checked."""
     if value is None:
         return
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
-    if number is None or number < at_least:
-        raise UsageError(f"{name} is no whole number of {at_least} or more", found=_shown(value), hint="Pass an int")
+    if number is None or number < at_least or (at_most is not None and number > at_most):
+        wanted = f"of {at_least} or more" if at_most is None else f"from {at_least} to {at_most}"
+        raise UsageError(f"{name} is no whole number {wanted}", found=_shown(value), hint="Pass an int")
 
 
 def is_finite(value: object) -> bool:

@@ -16,10 +16,10 @@ from .gemm import check_subnormals, one_thread_each
 from .limits import DEFAULT_LIMITS, Limits, check_count
 from .manifest import Manifest
 from .methods.lowrank import Request
-from .methods.panels import MOST_RANKS
+from .methods.panels import MAX_TENSOR_PARALLEL, not_in_panels
 from .methods.sharing import Parts, shared_layers
 from .names import is_misleading
-from .operators import Panels, Ref
+from .operators import Ref
 from .packer import Packer
 from .pipeline import Pipeline
 from .reader import Archive
@@ -61,7 +61,7 @@ def pack(
     overwrite: bool = False,
     dry_run: bool = False,
     single_file: bool = False,
-    tensor_parallel: int = 1,
+    tensor_parallel: int | None = None,
     progress: Progress = silent,
     shard_bytes: int = SHARD_BYTES,
     limits: Limits = DEFAULT_LIMITS,
@@ -89,10 +89,10 @@ def pack(
         overwrite: replace `dst` if it holds a checkpoint or an archive.
         dry_run: do all the work, report the sizes, write nothing.
         single_file: write the whole archive, sidecars included, into one file.
-        tensor_parallel: of how many ranks (1 to 64) each is to read its part of the weights and no more. Those split by
-            rows are as they always are; those split by columns, known by their names (`o_proj`, `down_proj`, ...), are
-            stored in panels of columns, and take somewhat longer to read as a whole. Not of what is stored as a
-            difference: a base is read as a whole, to be sure that it is the right one.
+        tensor_parallel: ranks, up to 64. Weights that tensor parallelism splits by columns (by their names: `o_proj`,
+            `down_proj`, ...) are stored in as many panels of columns, so that each rank reads its own, and take
+            somewhat longer to read as a whole. Not weights that are small or stored as a difference: a base is read as
+            a whole anyway, to be sure that it is the right one. Those split by rows need nothing.
         progress: called as the work goes on.
         shard_bytes: begin another shard once this many bytes are in one.
         limits: caps on what is accepted from `src` and `base`.
@@ -107,9 +107,7 @@ def pack(
         UnsupportedError: this process flushes subnormal numbers to zero.
     """
     check_subnormals()
-    check_count("tensor_parallel", tensor_parallel, 1)
-    if tensor_parallel > MOST_RANKS:
-        raise UsageError("tensor_parallel is out of range", expected=f"1 to {MOST_RANKS}", found=tensor_parallel)
+    check_count("tensor_parallel", tensor_parallel, 1, MAX_TENSOR_PARALLEL)
     given = [base] if isinstance(base, (str, os.PathLike)) else list(base or ())
     request = _request(
         method,
@@ -143,7 +141,7 @@ def pack(
         staging = DryRun if dry_run else Staging
         area = stack.enter_context(staging(Path(dst), overwrite=overwrite, single_file=single_file))
         if method == "auto" and request is None and share is None and is_lossy(checkpoint):
-            if tensor_parallel > 1:
+            if tensor_parallel is not None:
                 raise UsageError(
                     "a lossy archive is packed as it is, not for tensor parallelism",
                     where=str(src),
@@ -158,7 +156,7 @@ def pack(
         pipeline = stack.enter_context(Pipeline(jobs))
         if request is None:  # a lossy request decomposes one tensor at a time, with all threads
             stack.enter_context(one_thread_each())
-        packer = Packer(checkpoint, references, pipeline, area, progress, shard_bytes, tensor_parallel)
+        packer = Packer(checkpoint, references, pipeline, area, progress, shard_bytes, tensor_parallel or 1)
         for name, origin in origins.items():
             check_usable_base(references[name])
             packer.identify_base(name, *provenance(origin))
@@ -177,7 +175,7 @@ def pack(
         bases_needed=tuple(str(each) for name, each in zip(origins, given, strict=True) if name in manifest.bases),
         method="lossless" if request is None else "lowrank",
         non_finite=packer.non_finite,
-        notes=tuple(_in_vain(manifest, anchors, lossy=request is not None, ranks=tensor_parallel)),
+        notes=tuple(_in_vain(manifest, anchors, lossy=request is not None, tensor_parallel=tensor_parallel or 1)),
     )
 
 
@@ -213,7 +211,7 @@ def _request(method: str, bases: int, **options: Any) -> Request | None:
     return request
 
 
-def _in_vain(manifest: Manifest, anchors: Mapping[str, str], *, lossy: bool, ranks: int) -> Iterator[str]:
+def _in_vain(manifest: Manifest, anchors: Mapping[str, str], *, lossy: bool, tensor_parallel: int) -> Iterator[str]:
     """What was asked for and came to nothing, in words.
 
     Args:
@@ -222,11 +220,15 @@ def _in_vain(manifest: Manifest, anchors: Mapping[str, str], *, lossy: bool, ran
     nodes = (node for name in anchors for node in manifest.tensors[name].recipe.walk())
     if anchors and not any(isinstance(node, Ref) and node.base is None for node in nodes):
         yield "no layer shares anything: no tensor is smaller as a difference to that of its anchor layer"
-    if ranks > 1 and not any(isinstance(tensor.recipe, Panels) for tensor in manifest.tensors.values()):
-        yield (
-            "nothing is stored for tensor parallelism: no weight that it splits by columns is large, has columns for "
-            f"{ranks} ranks, and is compressed by itself"
-        )
+    if tensor_parallel > 1:
+        missing, known = not_in_panels(manifest)
+        if missing or not known:
+            yield (
+                f"{missing} of {known} weights that tensor parallelism splits by columns are not stored in panels for "
+                f"{tensor_parallel} ranks: they are small, differences, or have other columns"
+                if known
+                else "nothing is stored for tensor parallelism: no weight has the name of one that it splits by columns"
+            )
     if lossy and manifest.exact:
         yield "no tensor became low rank: all of them are stored without loss"
 

@@ -44,7 +44,7 @@ class Packer:
         references: the bases, by the ids that the manifest gives them.
         area: where the archive is written; the caller commits it.
         shard_bytes: begin another shard once this many bytes are in one.
-        ranks: of tensor parallelism; each is to read its part of the weights only.
+        tensor_parallel: ranks, each of which is to read its columns of a weight only; 1 if that does not matter.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Packer:
         area: Staging,
         progress: Progress,
         shard_bytes: int,
-        ranks: int = 1,
+        tensor_parallel: int,
     ) -> None:
         self._checkpoint, self._references, self._pipeline, self._area = checkpoint, references, pipeline, area
         arrays = [(name, len(info.shape)) for name, info in checkpoint.tensors.items()]
@@ -68,7 +68,7 @@ class Packer:
         self._anchors: Mapping[str, str] = {}
         self._is_anchor: frozenset[str] = frozenset()
         self._buffers = BufferPool(IN_FLIGHT_BYTES)
-        self._progress, self._ranks = progress, ranks
+        self._progress, self._tensor_parallel = progress, tensor_parallel
         self._done = 0
         self._total = sum(info.nbytes for info in checkpoint.tensors.values())
 
@@ -123,7 +123,7 @@ class Packer:
         if self._copy(name, (info.dtype.name, info.shape, found)) is not None:
             return _Prepared(found, bits)
         bases = list(self._predictions(name, info))
-        order = good_order(name, info.shape, info.dtype, self._ranks)
+        order = good_order(name, info.shape, info.dtype, self._tensor_parallel)
         coding = choose(name, Elements(info.dtype, info.shape, bits), bases, order)
         coding.prepare()
         return _Prepared(found, bits, coding, bases=bases)
@@ -198,9 +198,8 @@ class Packer:
         self._copies.setdefault(identity, Ref(name))
         coding = prepared.coding
         assert coding is not None
-        wanted = name if coding.prediction is None else f"{name}#residual"
-        same = coding.prediction is None and coding.order is None  # what is stored, as the tensor
-        stored = self._add(wanted, coding, info, prepared.digest if same else None)
+        suffix = "#residual" if coding.prediction is not None else "#panels" if coding.order is not None else ""
+        stored = self._add(f"{name}{suffix}", coding, info, None if suffix else prepared.digest)
         return Tensor(info.dtype, info.shape, coding.recipe(name, stored, self._writer), digest=prepared.digest)
 
     def _copy(self, name: str, identity: tuple[str, tuple[int, ...], str]) -> Ref | None:

@@ -55,9 +55,9 @@ def pieces(archive: Rebuilding, names: Iterable[str], pipeline: Pipeline) -> Ite
 def _split(archive: Rebuilding, name: str, rebuilder: Future[Rebuilder]) -> Iterator[Piece]:
     info = archive.tensors[name]
     elements = PIECE_BYTES // info.dtype.width
-    if rebuilder.exception() is None:  # waits; as long as for this one, pieces of earlier tensors do
+    if rebuilder.exception() is None:  # waits until it is bound, while pieces of earlier tensors are worked on
         step = rebuilder.result().step(elements)
-    else:  # raised when it is their turn
+    else:  # any will do: the piece raises it, when it is its turn
         step = good_step(info.shape, info.dtype.width, elements)
     for lo in range(0, max(info.count, 1), step):
         hi = min(lo + step, info.count)

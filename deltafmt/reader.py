@@ -22,7 +22,7 @@ from .limits import DEFAULT_LIMITS, Limits
 from .manifest import Array, Base, Manifest
 from .manifest_parser import parse_manifest
 from .names import MANIFEST, escaped, is_shard_name
-from .operators.base import RangeReader, Reader
+from .operators.base import RangeReader, TensorReader
 from .process import without_collecting
 from .rebuild import Rebuilder
 from .safetensors_file import carried_manifest, is_carrier
@@ -227,10 +227,10 @@ class Archive(Checkpoint):
         self._check_open()
         return self._shards[self.manifest.arrays[name].shard].array(name)
 
-    def tensor_reader(self, name: str) -> Reader:
+    def tensor_reader(self, name: str) -> TensorReader:
         return self.rebuilder(name)
 
-    def base_reader(self, base: str, name: str) -> Reader:
+    def base_reader(self, base: str, name: str) -> TensorReader:
         return self.base(base).reader(name)
 
     @property
@@ -347,7 +347,7 @@ class VerifiedBase:
     def computes(self) -> bool:
         return isinstance(self._checkpoint, Archive) and self._checkpoint.computes
 
-    def reader(self, tensor: str) -> Reader:
+    def reader(self, tensor: str) -> TensorReader:
         """A reader of a base tensor, its digest verified."""
         self.verify(tensor)
         if isinstance(self._checkpoint, Archive):

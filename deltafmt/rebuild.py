@@ -12,11 +12,12 @@ import numpy as np
 from .dtypes import SILENT, Bits, Dtype, Shape, round_to
 from .encodings import choose_chunk
 from .gemm import check_subnormals, round_wide
-from .operators import Operator, Scope, Source, Target
+from .operators import Operator, Panels, Ref, Rows, Scope, Source, Stored, Target
 from .operators.base import ReadValue, Rectangle
 from .pipeline import Pool
 from .scratch import borrowed
 
+_MOVING = (Stored, Ref, Rows, Panels)  # bits; the others may compute
 _PIECE_ELEMENTS = 1 << 19
 _BLOCK_ELEMENTS = 1 << 20  # in float32 4 MiB: stays in the cache, and a product is worth the time to begin it
 
@@ -34,7 +35,7 @@ class Rebuilder:
     def __init__(self, recipe: Operator, source: Source, scope: Scope, target: Target) -> None:
         self.target = target
         self._value = recipe.bind(source, scope, target)
-        if not isinstance(self._value, ReadValue):
+        if not all(isinstance(node, _MOVING) for node in recipe.walk()):
             check_subnormals()
 
     @property
@@ -42,14 +43,14 @@ class Rebuilder:
         return self.target.dtype
 
     @property
-    def together(self) -> int:
+    def granularity(self) -> int:
         """As of `Value`."""
-        return self._value.together
+        return self._value.granularity
 
     def step(self, elements: int) -> int:
         """As `good_step`, and a multiple of what is read together."""
         step = good_step(self.target.shape, self.dtype.width, elements)
-        return max(step // self.together, 1) * self.together
+        return max(step // self.granularity, 1) * self.granularity
 
     def read(self, lo: int, hi: int, out: Bits) -> None:
         """Elements `[lo, hi)` (flat indices), as bits of the tensor's dtype, into `out`."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .manifest import Manifest, Tensor
-from .operators import Decayed, Lowrank, Operator, Panels, Patch, Ref, Scaled, Stored, Sum
+from .operators import Decayed, Lowrank, Operator, Patch, Ref, Scaled, Stored, Sum
 from .report import PackReport, TensorReport
 
 ROLES = ("base", "factors", "residual", "layout", "sidecar", "manifest", "overhead")
@@ -62,11 +62,11 @@ def checkpoint_bytes(manifest: Manifest) -> int:
 def method(tensor: Tensor, manifest: Manifest) -> str:
     """How a tensor is stored.
 
-    `raw`, `compressed`, `ref` (inside the archive), `base-ref`, `patch` (of a base as it is), `patch-layer`
-    (of another tensor of the archive), `patch-lowrank`, `patch-scaled`, `patch-decayed`, `patch-mixture` (of what is
-    computed from these), `lowrank` (not exact).
+    `raw`, `compressed`, `panels` (compressed, by columns), `ref` (inside the archive), `base-ref`, `patch` (of a base
+    as it is), `patch-layer` (of another tensor of the archive), `patch-lowrank`, `patch-scaled`, `patch-decayed`,
+    `patch-mixture` (of what is computed from these), `lowrank` (not exact).
     """
-    recipe = tensor.recipe.x if isinstance(tensor.recipe, Panels) else tensor.recipe
+    recipe = tensor.recipe
     if isinstance(recipe, Stored):
         return "raw" if manifest.arrays[recipe.array].encoding.is_raw else "compressed"
     if isinstance(recipe, Ref):

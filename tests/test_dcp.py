@@ -179,6 +179,37 @@ def test_no_chunk_is_read_twice_where_rows_begin_inside_of_one(
         assert torch.equal(state["matrix"], expected.get_tensor("matrix")[100:-100])
 
 
+class _Columns(DefaultLoadPlanner):
+    """Wants the right half of one tensor."""
+
+    def create_local_plan(self) -> LoadPlan:
+        index = MetadataIndex("mlp.down_proj.weight")
+        place, size = torch.Size([0, 0]), torch.Size([ROWS, COLUMNS // 2])
+        return LoadPlan([ReadItem(LoadItemType.TENSOR, index, place, index, torch.Size([0, COLUMNS // 2]), size)])
+
+
+@one_process
+def test_columns_of_an_archive_packed_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, weight = "mlp.down_proj.weight", torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
+    (tmp_path / "plain").mkdir()
+    save_file({name: weight}, tmp_path / "plain/model.safetensors")
+    deltafmt.pack(tmp_path / "plain", tmp_path / "packed", tensor_parallel=2)
+    sizes = []
+    work = SafetensorsFile.read_into
+
+    def noted(self: SafetensorsFile, offset: int, out: np.ndarray[Any, Any]) -> None:
+        sizes.append(out.nbytes)
+        work(self, offset, out)
+
+    state = {name: torch.zeros(ROWS, COLUMNS // 2)}
+    with DeltafmtReader(tmp_path / "packed") as reader:
+        stored = reader._archive.stored_size(f"{name}#panels")
+        monkeypatch.setattr(SafetensorsFile, "read_into", noted)
+        load(state, storage_reader=reader, planner=_Columns())
+    assert torch.equal(state[name], weight[:, COLUMNS // 2 :])
+    assert sum(sizes) == pytest.approx(stored / 2, rel=0.01)
+
+
 @one_process
 def test_a_part_of_the_model_in_another_dtype(models: tuple[Path, Path, Path]) -> None:
     base, archive, _ = models

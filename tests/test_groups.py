@@ -20,7 +20,7 @@ from deltafmt.dtypes import DTYPES, Bits
 from deltafmt.encodings import Encoding, StoredChunk, decode_chunks, encode_chunk
 from deltafmt.gemm import round_wide
 from deltafmt.operators import Operator, Patch, Ref, Stored, Sum, Target
-from deltafmt.operators.base import Facts, Read, Reader, in_memory
+from deltafmt.operators.base import Facts, Read, TensorReader, in_memory
 from deltafmt.operators.groups import Groups, exponents, margins
 from deltafmt.operators.patch import cast, correct_by_exponents, correct_in_groups, difference, difference_in_groups
 from deltafmt.rebuild import Rebuilder
@@ -184,10 +184,10 @@ class Memory:
             decode_chunks([StoredChunk(stored, [stored.size], name)], self._encoding, out)
         return lambda lo, hi, out: np.copyto(out, whole[lo:hi])
 
-    def base_reader(self, base: str, name: str) -> Reader:
+    def base_reader(self, base: str, name: str) -> TensorReader:
         return in_memory(self.base[name][1], self._shape)
 
-    def tensor_reader(self, name: str) -> Reader:
+    def tensor_reader(self, name: str) -> TensorReader:
         raise AssertionError(name)
 
 

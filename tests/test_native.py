@@ -81,16 +81,26 @@ def test_segments(width: int, signed: bool, parts: list[tuple[int, int]], seed: 
 
 
 @pytest.mark.parametrize("blocks", [3, 5000])
-def test_a_frame_ends_where_its_plane_does(blocks: int) -> None:
-    """By hand: blocks of one byte repeated 64 times. Whatever follows the last is refused, however many there are."""
+@pytest.mark.parametrize("others", [0, 8])
+def test_a_frame_ends_where_its_plane_does(blocks: int, others: int) -> None:
+    """By hand: blocks of one byte repeated 64 times. Whatever follows the last is refused, however many there are; of a
+    frame by itself, and beside others, with which it might be decoded in one step."""
     head = b"\x28\xb5\x2f\xfd\xa0" + (64 * blocks).to_bytes(4, "little")
     body = [(64 << 3 | 1 << 1 | (at == blocks - 1)).to_bytes(3, "little") + bytes([at % 256]) for at in range(blocks)]
     frame = b"".join([head, *body])
-    (plane,) = zstd.decompress([np.frombuffer(frame, np.uint8)], [64 * blocks], "")
-    assert np.array_equal(plane, np.repeat(np.arange(blocks).astype(np.uint8), 64))
-    for more in (b"\0", b"\x50\x2a\x4d\x18\0\0\0\0", frame[:9] + body[-1]):
+
+    def decompress(odd: bytes) -> list[npt.NDArray[np.uint8]]:
+        frames = [frame] * others
+        frames.insert(others // 2, odd)
+        return zstd.decompress([np.frombuffer(each, np.uint8) for each in frames], [64 * blocks] * len(frames), "")
+
+    for plane in decompress(frame):
+        assert np.array_equal(plane, np.repeat(np.arange(blocks).astype(np.uint8), 64))
+    less = frame[:5] + (64 * blocks - 64).to_bytes(4, "little") + frame[9:]
+    skippable = b"\x50\x2a\x4d\x18\0\0\0\0"
+    for odd in (frame + b"\0", frame + skippable, frame + frame[:9] + body[-1], skippable + frame, less, frame[:-1]):
         with pytest.raises(MalformedError) as caught:
-            zstd.decompress([np.frombuffer(frame + more, np.uint8)], [64 * blocks], "")
+            decompress(odd)
         assert caught.value.reason == "chunk-size"
 
 
@@ -222,6 +232,38 @@ def test_what_kernels_are_told_is_checked() -> None:
     for low_bits, count in ((3, [10]), (8, [11, -1])):  # for C, 3 is 8
         with pytest.raises(ValueError):
             native.split_segments(even, count, [low_bits] * len(count), [1] * len(count), np.zeros(99, np.uint8))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mask": -1},
+        {"mask": 4096},
+        {"mantissa_bits": 16},
+        {"chunk": 0},
+        {"numbers": np.zeros(3, np.uint8)},
+        {"numbers": np.zeros(10, np.uint16)},
+        {"numbers": np.broadcast_to(np.uint8(0), 10)},
+        {"grouped": np.zeros(9, np.uint16)},
+        {"grouped": np.zeros(10, np.uint32)},
+        {"predicted": np.zeros(20, np.uint16)[::2]},
+    ],
+    ids=str,
+)
+def test_what_the_kernels_of_groups_are_told_is_checked(wrong: dict[str, Any]) -> None:
+    right: dict[str, Any] = {"grouped": np.zeros(10, np.uint16), "mantissa_bits": 7, "mask": 0xFF, "chunk": 4}
+    right |= {"groups": native.Bounds([120]), "numbers": np.zeros(4, np.uint8), "predicted": np.zeros(10, np.uint16)}
+    native.from_exponent_groups(**right)
+    native.from_exponent_groups(**right | {"chunk": 1 << 70, "numbers": np.zeros(10, np.uint8)})
+    with pytest.raises(ValueError):
+        native.from_exponent_groups(**right | wrong)
+
+
+def test_group_numbers_are_of_so_many_groups() -> None:
+    arrays = np.zeros(10, np.uint16), None, np.zeros(10, np.uint8)
+    for groups in (0, 257):
+        with pytest.raises(ValueError):
+            native.from_groups(*arrays, groups, 10, np.zeros(10, np.uint16))
 
 
 # Keys

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -20,6 +23,7 @@ import deltafmt
 from command_line import Run
 from deltafmt import edge
 from deltafmt.dtypes import DTYPES
+from deltafmt.encodings import choose_chunk
 from deltafmt.errors import UsageError
 from deltafmt.methods.panels import good_order
 from deltafmt.operators.panels import Order
@@ -27,7 +31,7 @@ from deltafmt.safetensors_file import SafetensorsFile
 from hostile import Tensor, manifest, write_checkpoint
 
 DOWN, UP = (f"model.layers.0.mlp.{which}_proj.weight" for which in ("down", "up"))
-SHAPE = 1536, 1024  # six chunks of 256K elements; a block for 2 ranks has two of them, for 4 or 8 four
+SHAPE = 1536, 1024  # six chunks of 256K elements; a block for 2 ranks has two of them, for 4 or 8 three
 
 
 def weights(*shape: int, seed: int = 0) -> Tensor:
@@ -82,7 +86,7 @@ def test_what_is_split_by_columns_is_in_panels(packed: tuple[int, Path, Path]) -
     assert in_panels == {DOWN, "model.layers.0.self_attn.o_proj.weight"}
     assert {recipes[name]["columns"] for name in in_panels} == {SHAPE[1] // ranks}
     assert recipes["tied.down_proj.weight"] == {"op": "ref", "tensor": DOWN}
-    assert deltafmt.inspect(archive).tensors[DOWN].method == "compressed"
+    assert deltafmt.inspect(archive).tensors[DOWN].method == "panels"
 
 
 def test_all_of_it_comes_back(packed: tuple[int, Path, Path], tmp_path: Path) -> None:
@@ -134,7 +138,7 @@ def test_each_rank_reads_its_columns(packed: tuple[int, Path, Path], counted: Ca
 def test_nothing_is_decoded_twice(packed: tuple[int, Path, Path], counted: Callable[[], int], tmp_path: Path) -> None:
     _, _, archive = packed
     with edge.open(archive) as model, deltafmt.open(archive) as opened:
-        stored = opened._archive.stored_size(DOWN)
+        stored = opened._archive.stored_size(f"{DOWN}#panels")
         for whole in (model.get, opened.get_tensor):
             counted()
             assert whole(DOWN).shape == SHAPE
@@ -162,7 +166,7 @@ def test_a_fine_tune_of_an_archive_in_panels(
         counted()
         assert np.array_equal(part[...].view(np.uint16), tuned[DOWN])
         once = opened._archive.stored_size(f"{DOWN}#residual")
-        of_base = opened._archive.bases["base"]._checkpoint.stored_size(DOWN)  # type: ignore[attr-defined]
+        of_base = opened._archive.bases["base"]._checkpoint.stored_size(f"{DOWN}#panels")  # type: ignore[attr-defined]
         assert counted() == once + of_base
 
 
@@ -182,7 +186,7 @@ def test_a_shared_layer_reads_its_columns_of_the_anchor(counted: Callable[[], in
         found = opened.get_slice(second)[:, :512]
         factors = [f"{second}#lora_{role}" for role in "ab"]
         factor_bytes = sum(map(opened._archive.stored_size, factors))
-        assert counted() - factor_bytes == pytest.approx(opened._archive.stored_size(first) / 2, rel=0.01)
+        assert counted() - factor_bytes == pytest.approx(opened._archive.stored_size(f"{first}#panels") / 2, rel=0.01)
         assert np.array_equal(found, opened.get_tensor(second)[:, :512])
         np.testing.assert_allclose(found, near[:, :512], atol=1e-3)
 
@@ -205,40 +209,92 @@ def test_what_stays_in_rows(name: str, shape: tuple[int, ...], ranks: int) -> No
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "BF16", "F8_E4M3"])
-@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 14336), (512, 512), (3, 1 << 19), (1000, 12345 * 8)])
+@pytest.mark.parametrize(
+    "shape", [(4096, 4096), (4096, 14336), (512, 512), (3, 1 << 19), (4099, 4096), (1000, 12345 * 8)]
+)
 @pytest.mark.parametrize("ranks", [2, 3, 8, 64])
-def test_blocks_are_as_large_as_what_is_read_at_once(dtype: str, shape: tuple[int, int], ranks: int) -> None:
+def test_blocks_are_about_as_large_as_what_is_read_at_once(dtype: str, shape: tuple[int, int], ranks: int) -> None:
+    width = DTYPES[dtype].width
     order = good_order(DOWN, shape, DTYPES[dtype], ranks)
-    if shape[1] % ranks or shape[1] * DTYPES[dtype].width > 4 << 20:
+    if shape[1] % ranks or shape[1] * width > 4 << 20:
         assert order is None
         return
     assert order is not None and order.columns * ranks == shape[1]
     assert 1 <= order.rows <= shape[0]
-    assert math.prod((order.rows, shape[1], DTYPES[dtype].width)) <= 4 << 20
+    largest = min(ranks << 18, 1 << 20, (4 << 20) // width)
+    assert order.rows * shape[1] <= largest
+    assert order.rows == 1 or order.rows * shape[1] > min(largest, math.prod(shape)) / 2.5
+
+
+def test_blocks_end_where_the_chunks_of_a_patch_do() -> None:
+    order = good_order(DOWN, (4096, 14336), DTYPES["BF16"], 4)
+    assert order is not None and order.rows * 14336 % choose_chunk((4096, 14336), 2) == 0
 
 
 def test_the_names_are_those_of_transformers() -> None:
     """Of the models whose plans for tensor parallelism split layers by columns (`rowwise`: rows of the transpose)."""
-    import transformers
-
-    for kind in ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2", "gpt_neox", "starcoder2", "glm4"):
+    for kind in ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2", "gpt_neox", "mixtral", "glm4"):
         config: Any = transformers.AutoConfig.for_model(kind)
         plan = config.base_model_tp_plan or {}
         by_columns = {name for name, style in plan.items() if style.startswith("rowwise")}
         found = {name for name in plan if good_order(f"{name.replace('*', '0')}.weight", SHAPE, DTYPES["BF16"], 2)}
         assert found == by_columns, kind
+    conv1d = "transformer.h.0.mlp.c_proj.weight"  # of GPT-2: [in, out], split by rows
+    assert good_order(conv1d, SHAPE, DTYPES["BF16"], 2) is None
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_a_last_block_of_fewer_rows(ranks: int, counted: Callable[[], int], tmp_path: Path) -> None:
+    tensors = {DOWN: weights(4099, 1024)}
+    source = write_checkpoint(tmp_path / "source", tensors)
+    deltafmt.pack(source, tmp_path / "packed", tensor_parallel=ranks)
+    expected = read(source)[DOWN]
+    with deltafmt.open(tmp_path / "packed") as opened:
+        part = opened.get_slice(DOWN)
+        stored = opened._archive.stored_size(f"{DOWN}#panels")
+        assert np.array_equal(part[...].view(np.uint16), expected)
+        for left in range(0, 1024, 1024 // ranks):
+            columns = slice(left, left + 1024 // ranks)
+            counted()
+            assert np.array_equal(part[:, columns].view(np.uint16), expected[:, columns])
+            assert counted() < 1.25 * stored / ranks  # in the last of five blocks, of a neighbour's chunk too
+
+
+def test_what_nothing_compresses_is_stored_as_it_is(tmp_path: Path) -> None:
+    content = Tensor("F8_E4M3", SHAPE, np.random.default_rng(0).bytes(math.prod(SHAPE)))
+    deltafmt.pack(write_checkpoint(tmp_path / "source", {DOWN: content}), tmp_path / "packed", tensor_parallel=2)
+    assert manifest(tmp_path / "packed")["tensors"][DOWN]["recipe"] == {"op": "stored", "array": DOWN}
 
 
 def test_the_command_line(run: Run, tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "source", {UP: weights(*SHAPE)})
-    code, out, _ = run("pack", str(source), str(tmp_path / "packed"), "--tensor-parallel", "2", "--json")
-    assert code == 0
-    assert [note.startswith("nothing is stored for tensor parallelism") for note in json.loads(out)["notes"]] == [True]
-    code, _, err = run("pack", str(source), str(tmp_path / "other"), "--tensor-parallel", "65")
+    source = str(write_checkpoint(tmp_path / "source", {DOWN: weights(*SHAPE), UP: weights(*SHAPE, seed=1)}))
+    code, out, _ = run("pack", source, "packed.safetensors", "--single-file", "--tensor-parallel", "2", "--json")
+    assert code == 0 and json.loads(out)["notes"] == []
+    assert json.loads(out)["tensors"][DOWN]["method"] == "panels"
+    assert run("verify", "packed.safetensors", "--against", source)[0] == 0
+    code, out, _ = run("pack", source, "packed", "--tensor-parallel", "3", "--json")
+    (note,) = json.loads(out)["notes"]
+    assert code == 0 and note.startswith("1 of 1 weights that tensor parallelism splits by columns are not stored")
+    code, _, err = run("pack", source, "other", "--tensor-parallel", "65")
     assert code == 2 and "1<=x<=64" in err
     for ranks in (0, 65, True, 2.0):
-        with pytest.raises(UsageError, match="tensor_parallel"):
+        with pytest.raises(UsageError, match="tensor_parallel is no whole number from 1 to 64"):
             deltafmt.pack(source, tmp_path / "other", tensor_parallel=ranks)  # type: ignore[arg-type]
+    only_up = write_checkpoint(tmp_path / "only up", {UP: weights(*SHAPE)})
+    assert deltafmt.pack(only_up, tmp_path / "up", tensor_parallel=2).notes[0].startswith("nothing is stored for")
+
+
+def test_a_process_that_flushes_subnormals_reads_panels(packed: tuple[int, Path, Path]) -> None:
+    """Nothing is computed of them; elsewhere such a process is refused."""
+    program = f"""
+import torch, numpy as np
+assert torch.set_flush_denormal(True)
+assert np.float32(1e-38) * np.float32(0.01) == 0
+import deltafmt
+with deltafmt.open({str(packed[2])!r}) as archive:
+    assert archive.get_tensor({DOWN!r}).shape == {SHAPE}
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_lossy_archive_is_not_changed(tmp_path: Path) -> None:

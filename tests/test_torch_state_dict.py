@@ -13,7 +13,7 @@ import deltafmt
 from deltafmt.dtypes import Bits
 from deltafmt.errors import UsageError, WrongBaseError
 from deltafmt.operators import Ref
-from deltafmt.operators.base import RangeReader, Reader
+from deltafmt.operators.base import RangeReader, TensorReader
 from deltafmt.reader import VerifiedBase
 from deltafmt.torch import LazyStateDict, load_state_dict
 
@@ -104,7 +104,7 @@ def test_a_tensor_of_the_base_is_read_once(tmp_path: Path, monkeypatch: pytest.M
     read: list[tuple[str, int]] = []
     work = VerifiedBase.reader
 
-    def reader(self: VerifiedBase, tensor: str) -> Reader:
+    def reader(self: VerifiedBase, tensor: str) -> TensorReader:
         of_tensor = work(self, tensor)
 
         def noted(lo: int, hi: int, out: Bits) -> None:

@@ -14,7 +14,7 @@ from deltafmt.encodings import StoredChunk, decode_chunks
 from deltafmt.methods.lossless import Coding, candidates, smallest
 from deltafmt.methods.prediction import Elements, Referred
 from deltafmt.operators import Facts, Operator, Patch, Ref, Stored, Target, Value
-from deltafmt.operators.base import Read, Reader, in_memory
+from deltafmt.operators.base import Read, TensorReader, in_memory
 from deltafmt.pieces import PIECE_BYTES
 from deltafmt.pipeline import Pipeline
 from deltafmt.rebuild import good_step
@@ -81,10 +81,10 @@ class _Memory:
 
         return read
 
-    def tensor_reader(self, name: str) -> Reader:
+    def tensor_reader(self, name: str) -> TensorReader:
         raise KeyError(name)
 
-    def base_reader(self, base: str, name: str) -> Reader:
+    def base_reader(self, base: str, name: str) -> TensorReader:
         return in_memory(self._tuned.base, self._tuned.shape)
 
 

@@ -17,7 +17,7 @@ from ..scratch import scratch
 
 Plane = npt.NDArray[np.uint8]
 
-_FEW = 1024  # elements: to call a kernel takes longer than to merge so few
+_FEW_ELEMENTS = 1024  # elements: to call a kernel takes longer than to merge so few
 
 
 def split(bits: Bits, floats: bool, out: Sequence[Plane]) -> None:
@@ -46,7 +46,7 @@ def merge(planes: Sequence[Plane], floats: bool, out: Bits) -> None:
     half = out.itemsize // 2
     if half == 0:
         np.copyto(out, planes[0])
-    elif native.available() and out.size > _FEW:
+    elif native.available() and out.size > _FEW_ELEMENTS:
         native.merge_planes(planes, floats, out)
     elif half == 1 and floats:
         _merge_float(planes[0], planes[1], out)

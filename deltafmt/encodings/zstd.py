@@ -26,7 +26,7 @@ _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
 )
 _SAMPLE = 4096
 _MOST_BLOCKS = 1000  # of 128 KiB, as a rule; what has more is decoded by itself
-_FEW = 4  # frames; setting up the decoding of many at once takes as long as decoding these
+_FEW_FRAMES = 4  # frames; setting up the decoding of many at once takes as long as decoding these
 _REPEATED = 1  # the kind of a block that is one byte, many times over
 _HAS_BATCHES = {"multi_compress_to_buffer", "multi_decompress_to_buffer"} <= zstandard.backend_features
 
@@ -74,7 +74,8 @@ def _looks_random(plane: Plane) -> bool:
 
 
 def decompress(stored: Sequence[Plane], sizes: Sequence[int], where: str) -> list[Plane]:
-    """Decode stored planes of these sizes, in one step where there is one; what is stored as it is, is a view.
+    """Decode stored planes of these sizes, more than a few in one step, where there is one; what is stored as it is is
+    a view.
 
     Raises `MalformedError` (reason `chunk-size`).
     """
@@ -85,7 +86,7 @@ def decompress(stored: Sequence[Plane], sizes: Sequence[int], where: str) -> lis
         for index in packed:
             frame, size = stored[index].data, sizes[index]
             header = _header(frame, size, where)
-            if _HAS_BATCHES and len(packed) > _FEW and _is_whole(frame, header):
+            if _HAS_BATCHES and len(packed) > _FEW_FRAMES and _is_whole(frame, header):
                 together.append(index)
             else:
                 data = _CONTEXTS.decompressor.decompress(frame, max_output_size=size, allow_extra_data=False)

@@ -57,7 +57,7 @@ class Coding:
     def recipe(self, name: str, array: str, writer: ArchiveWriter) -> Operator:
         """The recipe of tensor `name`, once `array` holds what `encoded` gives. Writes what the prediction needs."""
         if self.prediction is None:
-            return in_panels(Stored(array), self.order)
+            return Stored(array) if self.order is None else in_panels(Stored(array), self.order)
         return Patch(self.prediction.write(name, writer), Stored(array), self.groups)
 
     def prepare(self) -> None:

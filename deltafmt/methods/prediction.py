@@ -16,7 +16,7 @@ from ..dtypes import SILENT, Bits, Dtype, Shape, round_to
 from ..encodings import Encoding, compressed, encode_chunk, integers
 from ..gemm import round_wide
 from ..operators import Facts, Operator, Ref, Rows, Stored, Target, Value
-from ..operators.base import Read, Reader, Wide, in_memory
+from ..operators.base import Read, TensorReader, Wide, in_memory
 from ..operators.groups import Grouping, Groups, margins
 from ..operators.patch import cast
 from ..scratch import borrowed, scratch
@@ -220,10 +220,10 @@ class InMemory:
     def array_reader(self, name: str) -> Read:
         return _reader(self._arrays[name]).read
 
-    def tensor_reader(self, name: str) -> Reader:
+    def tensor_reader(self, name: str) -> TensorReader:
         return _reader(self._tensors[Ref(name)])
 
-    def base_reader(self, base: str, name: str) -> Reader:
+    def base_reader(self, base: str, name: str) -> TensorReader:
         return _reader(self._tensors[Ref(name, base)])
 
 
@@ -231,5 +231,5 @@ def _facts(elements: Elements) -> Facts:
     return Facts(elements.dtype, elements.shape, exact=True)
 
 
-def _reader(elements: Elements) -> Reader:
+def _reader(elements: Elements) -> TensorReader:
     return in_memory(elements.bits, elements.shape)

@@ -69,11 +69,12 @@ COMPRESS(compress_4, uint32_t,
                                 _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)MEMBERS[set])))))
 
 /* Put values, one behind the other, where the members of STEP elements stand: a bit for each in `members`. All of `out`
-   that is not a member's yet is zero. `left`: of the values, from 1. */
+   that is not a member's yet is zero. `left`: of the values; there are no more members. */
 #define EXPAND(name, type, vector, moved)                                                                              \
     INLINE WITH_AVX2 void name(const type *values, int64_t left, uint32_t members, vector *out) {                      \
         type last[STEP + 8];                                                                                           \
         if (__builtin_expect(left < STEP + 8, 0)) { /* nothing may be read behind them */                              \
+            memset(last, 0, sizeof last);                                                                              \
             memcpy(last, values, (size_t)left * sizeof *last);                                                         \
             values = last;                                                                                             \
         }                                                                                                              \

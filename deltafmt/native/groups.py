@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from ..dtypes import Bits
 from .library import Bools, Counts, Floats, Numbers, call, require
 
 _GROUPS, _KINDS = 256, 132  # as in groups.c
+_EXPONENTS = 1 << 11  # of F64; other floats have fewer
 
 
 class Bounds:
@@ -21,23 +23,27 @@ class Bounds:
 
     def __init__(self, bounds: Sequence[int]) -> None:
         self.bounds = np.array(bounds, np.uint16)
-        self.table = np.searchsorted(self.bounds, np.arange(1 << 11), side="right").astype(np.uint8)
+        self.table = np.searchsorted(self.bounds, np.arange(_EXPONENTS), side="right").astype(np.uint8)
         require(self.bounds.size < _GROUPS)
+
+    @property
+    def told(self) -> tuple[Any, int, Numbers]:
+        """What kernels are told of it."""
+        return self.bounds, self.bounds.size, self.table
 
 
 def exponent_groups(bits: Bits, mantissa_bits: int, mask: int, groups: Bounds, out: Numbers) -> None:
     """The group of each float by its exponent, `[m]`: bits `mask`, moved down by `mantissa_bits`."""
-    require(mask < groups.table.size and 0 <= mantissa_bits < 8 * bits.itemsize)
+    _check_exponents(bits, mantissa_bits, mask)
     require(bits.size == out.size)
     require(out.itemsize == 1)
-    known = groups.bounds, groups.bounds.size, groups.table
-    call(f"exponent_groups_{bits.itemsize}", bits, bits.size, mantissa_bits, mask, *known, out)
+    call(f"exponent_groups_{bits.itemsize}", bits, bits.size, mantissa_bits, mask, *groups.told, out)
 
 
 def kinds_by_exponent(predicted: Bits, bits: Bits, mantissa_bits: int, mask: int, step: int) -> Counts:
     """`methods.grouping.kinds_by_exponent` of bits of two bytes or more: `[mask + 1, 132]`."""
     require((predicted.size, predicted.itemsize) == (bits.size, bits.itemsize) and step > 0)
-    require(0 <= mask < 1 << 11 and 0 <= mantissa_bits < 8 * bits.itemsize)
+    _check_exponents(bits, mantissa_bits, mask)
     counts = np.zeros((mask + 1, _KINDS), np.int64)
     call(f"kinds_by_exponent_{bits.itemsize}", bits, predicted, bits.size, step, mantissa_bits, mask, counts)
     return counts
@@ -61,8 +67,8 @@ def margin_groups(values: Floats, taken: int, groups: Bounds, out: Numbers, up: 
     """
     require(values.size == out.size == up.size and 1 <= taken < 8 * values.itemsize)
     require(out.itemsize == up.itemsize == 1)
-    known = groups.bounds, groups.bounds.size, groups.table
-    call(f"margin_groups_{values.itemsize}", values, values.size, taken, *known, out, up)
+    require(out.flags.writeable)
+    call(f"margin_groups_{values.itemsize}", values, values.size, taken, *groups.told, out, up)
 
 
 def to_groups(bits: Bits, predicted: Bits, up: Bools | None, numbers: Numbers, chunk: int, out: Bits) -> Counts:
@@ -82,7 +88,8 @@ def to_groups(bits: Bits, predicted: Bits, up: Bools | None, numbers: Numbers, c
 def from_groups(grouped: Bits, up: Bools | None, numbers: Numbers, groups: int, chunk: int, predicted: Bits) -> None:
     """Undo `to_groups`, of numbers below `groups`, in chunks of so many elements, in place of the prediction."""
     _check_groups(grouped, predicted, up, numbers)
-    require(chunk > 0)
+    require(chunk > 0 and 0 < groups <= _GROUPS)
+    chunk = min(chunk, max(grouped.size, 1))
     call(f"from_groups_{grouped.itemsize}", grouped, up, numbers, grouped.size, chunk, groups, predicted)
 
 
@@ -90,12 +97,16 @@ def from_exponent_groups(
     grouped: Bits, mantissa_bits: int, mask: int, groups: Bounds, chunk: int, numbers: Numbers, predicted: Bits
 ) -> None:
     """`exponent_groups` of a prediction and `from_groups` in its place, chunk by chunk: `numbers` is room for one."""
-    require(mask < groups.table.size and 0 <= mantissa_bits < 8 * predicted.itemsize)
-    require(chunk > 0 and numbers.itemsize == 1 and numbers.size >= min(chunk, grouped.size))
-    require((grouped.size, grouped.itemsize) == (predicted.size, predicted.itemsize))
-    known = groups.bounds, groups.bounds.size, groups.table
-    arguments = grouped, grouped.size, chunk, mantissa_bits, mask, *known, numbers, predicted
+    _check_exponents(predicted, mantissa_bits, mask)
+    require((grouped.size, grouped.itemsize) == (predicted.size, predicted.itemsize) and chunk > 0)
+    chunk = min(chunk, max(grouped.size, 1))
+    require(numbers.itemsize == 1 and numbers.flags.writeable and numbers.size >= min(chunk, grouped.size))
+    arguments = grouped, grouped.size, chunk, mantissa_bits, mask, *groups.told, numbers, predicted
     call(f"from_exponent_groups_{grouped.itemsize}", *arguments)
+
+
+def _check_exponents(bits: Bits, mantissa_bits: int, mask: int) -> None:
+    require(0 <= mask < _EXPONENTS and 0 <= mantissa_bits < 8 * bits.itemsize)
 
 
 def _check_groups(first: Bits, second: Bits, up: Bools | None, numbers: Numbers) -> None:

@@ -74,7 +74,7 @@ LIBRARY = _load()
 
 
 def available() -> bool:
-    """Whether there are kernels to call; if not, of the functions below only `keys_differ` may be called."""
+    """Whether there are kernels to call; if not, `keys_differ` alone may be called, which then does without."""
     return LIBRARY is not None
 
 

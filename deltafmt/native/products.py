@@ -15,12 +15,12 @@ from .library import Bools, Float32, Numbers, call, require
 TILE_ROWS, TILE_COLUMNS = 4, 48  # as in product.c, and that the even columns have a panel and the odd ones
 
 
-def panels_of_a(factor: Float32) -> Float32:
+def packed_a(factor: Float32) -> Float32:
     """A factor `[r, n]` as `[n / TILE_COLUMNS, 2, r, TILE_COLUMNS / 2]`, even and odd columns, padded with zeros."""
     return _panels("pack_a", factor, TILE_COLUMNS, 2)
 
 
-def panels_of_b(factor: Float32) -> Float32:
+def packed_b(factor: Float32) -> Float32:
     """A factor `[r, m]` as `[m / TILE_ROWS, 1, r, TILE_ROWS]`, padded with zeros."""
     return _panels("pack_b", factor, TILE_ROWS, 1)
 
@@ -44,7 +44,7 @@ def product(into: Float32, top: int, a: Float32, b: Float32, first: bool) -> Non
 
     Args:
         into: `[m, n]`, row `top` of the product and those below it.
-        a: `panels_of_a(A)`, b: `panels_of_b(B)`.
+        a: `packed_a(A)`, b: `packed_b(B)`.
     """
     _check_product(into, 4, top, a, b)
     rows, columns = into.shape
@@ -72,8 +72,7 @@ def product_with_margins(bits: Bits, top: int, a: Float32, b: Float32, groups: B
     require(bits.size == out.size == up.size)
     require(out.itemsize == up.itemsize == 1)
     rows, columns = bits.shape
-    known = groups.bounds, groups.bounds.size, groups.table
-    call("add_product_with_margins", bits, top, top + rows, columns, a.shape[2], a, b, *known, out, up)
+    call("add_product_with_margins", bits, top, top + rows, columns, a.shape[2], a, b, *groups.told, out, up)
 
 
 def _check_product(into: npt.NDArray[Any], width: int, top: int, a: Float32, b: Float32) -> None:

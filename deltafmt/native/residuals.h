@@ -139,8 +139,8 @@ INLINE int64_t NAME(count_misses)(const TYPE *grouped, int64_t place, int64_t en
     return misses;
 }
 
-/* Undoes `to_groups` of one chunk of few groups: PART elements at a time, group after group, so that the loop has no
-   branch to mispredict. Of a group of which most residuals are zero, nothing is done where all are. */
+/* Undoes `to_groups` of one chunk of few groups: PART elements at a time, group after group. Of a group of which most
+   residuals are zero, nothing is done where all are; of the others there is no branch to mispredict. */
 WITH_AVX2 static void NAME(from_few_groups_of_chunk)(const TYPE *restrict grouped, const uint8_t *restrict up,
                                                      const uint8_t *restrict numbers, int64_t total, int64_t groups,
                                                      TYPE *restrict predicted) {
@@ -149,8 +149,8 @@ WITH_AVX2 static void NAME(from_few_groups_of_chunk)(const TYPE *restrict groupe
     for (int64_t g = 0, place = 0; g < groups; g++) {
         places[g] = place;
         ends[g] = place += count_equal(numbers, total, (uint8_t)g);
-        next[g] = NAME(next_miss)(grouped, places[g], ends[g]);
         dense[g] = SPARSE * NAME(count_misses)(grouped, places[g], ends[g]) > total;
+        next[g] = dense[g] ? place : NAME(next_miss)(grouped, places[g], ends[g]);
     }
     for (int64_t begin = 0; begin < total; begin += PART) {
         const int64_t size = total - begin < PART ? total - begin : PART;
@@ -221,7 +221,8 @@ EXPORT FAST void NAME(from_groups)(const TYPE *restrict grouped, const uint8_t *
     }
 }
 
-/* The same, of elements grouped by exponent. `numbers` is room for those of a chunk. */
+/* `from_groups` of elements whose groups the exponents of `predicted` tell: chunk by chunk, while it is in the cache.
+   `numbers` is room for those of a chunk, `bound_count` at most 255. Not FAST: what it calls is. */
 EXPORT void NAME(from_exponent_groups)(const TYPE *restrict grouped, int64_t total, int64_t chunk, int shift, int mask,
                                        const uint16_t *restrict bounds, int64_t bound_count,
                                        const uint8_t *restrict table, uint8_t *restrict numbers,
@@ -229,7 +230,7 @@ EXPORT void NAME(from_exponent_groups)(const TYPE *restrict grouped, int64_t tot
     for (int64_t at = 0; at < total; at += chunk) {
         const int64_t size = total - at < chunk ? total - at : chunk;
         NAME(exponent_groups)(predicted + at, size, shift, mask, bounds, bound_count, table, numbers);
-        NAME(from_groups)(grouped + at, NULL, numbers, size, chunk, (int)bound_count + 1, predicted + at);
+        NAME(from_groups)(grouped + at, NULL, numbers, size, size, (int)bound_count + 1, predicted + at);
     }
 }
 

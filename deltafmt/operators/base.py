@@ -53,11 +53,11 @@ Read = Callable[[int, int, Bits], None]
 """Puts elements `[lo, hi)` (flat indices) into an array of bits; may be called from many threads."""
 
 
-class Reader(Protocol):
+class TensorReader(Protocol):
     """Reads any part of one tensor, as bits; may be called from many threads."""
 
     @property
-    def together(self) -> int:
+    def granularity(self) -> int:
         """As of `Value`."""
 
     def read(self, lo: int, hi: int, out: Bits) -> None:
@@ -71,8 +71,8 @@ class Source(Protocol):
     """Where a recipe's names become data."""
 
     def array_reader(self, name: str) -> Read: ...
-    def tensor_reader(self, name: str) -> Reader: ...
-    def base_reader(self, base: str, name: str) -> Reader: ...
+    def tensor_reader(self, name: str) -> TensorReader: ...
+    def base_reader(self, base: str, name: str) -> TensorReader: ...
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,9 @@ def rectangles(lo: int, hi: int, row: int) -> Iterator[Rectangle]:
 
 
 class RangeReader:
-    """A `Reader` of a tensor that is read in ranges, `row` elements a row: of rectangles it reads whole rows."""
+    """A `TensorReader` of a tensor that is read in ranges, `row` elements a row: of rectangles it reads whole rows."""
 
-    together = 1
+    granularity = 1
 
     def __init__(self, read: Read, row: int) -> None:
         self.read, self._row = read, row
@@ -144,12 +144,11 @@ class Value(ABC):
     """An operator bound to its source and target. A node with a dtype has `bits`; every float node has `accumulate`.
 
     Attributes:
-        together: elements that are read at once or each of them several times: ranges should begin and end at
-            multiples of so many.
+        granularity: elements; ranges that do not begin and end at multiples of so many decode some chunks twice.
     """
 
     facts: Facts
-    together = 1
+    granularity = 1
 
     def bits(self, lo: int, hi: int, out: Bits) -> None:
         """Put elements `[lo, hi)` into `out` as bit patterns of the node's dtype."""

@@ -68,7 +68,7 @@ class _Decayed(Value):
     def __init__(self, x: Value, table: Value) -> None:
         assert x.facts.dtype is not None
         self.facts = Facts(x.facts.dtype, x.facts.shape, exact=True)
-        self.together = x.together
+        self.granularity = x.granularity
         self._x, self._table, self._dtype = x, table, x.facts.dtype
         self._lock = threading.Lock()
         self._decay: Decay | None = None

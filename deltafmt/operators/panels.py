@@ -16,8 +16,8 @@ from .base import Facts, Operator, Rectangle, Scope, Source, Target, Value, misf
 
 MOST_PANELS = 1 << 12
 """Side by side: readers go through them one by one."""
-MOST_TOGETHER = 1 << 20
-"""Elements of a block that is read at once; of larger ones as much is read as is asked for."""
+MOST_GRANULARITY = 1 << 20
+"""Elements of a block that readers take as a whole; of larger ones they read what they were going to."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class _Panels(Value):
     def __init__(self, x: Value, order: Order) -> None:
         self.facts = Facts(x.facts.dtype, x.facts.shape, x.facts.exact)
         self._x, self._order = x, order
-        block = order.rows * order.width
-        self.together = block if 0 < block <= MOST_TOGETHER else x.together
+        block = min(order.rows, order.height) * order.width
+        self.granularity = block if 0 < block <= MOST_GRANULARITY else x.granularity
 
     def bits(self, lo: int, hi: int, out: Bits) -> None:
         begin = 0
@@ -130,8 +130,11 @@ class _Panels(Value):
         """Rows of one block: if these are all, panels follow one another and are read in one go."""
         panels = list(self._order.panels(part))
         whole = (part.top, part.bottom) == (panels[0].place.top, panels[0].place.bottom)
-        for together in [panels] if whole else [[panel] for panel in panels]:
-            self._read_panels(together, part, out)
+        if whole:
+            self._read_panels(panels, part, out)
+        else:
+            for panel in panels:
+                self._read_panels([panel], part, out)
 
     def _read_panels(self, panels: Sequence[Panel], part: Rectangle, out: Bits) -> None:
         """Some panels' rows of a part, which are stored one behind the other."""

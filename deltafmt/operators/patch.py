@@ -82,7 +82,7 @@ class Patch(Operator):
 class _Patch(Value):
     def __init__(self, facts: Facts, prediction: Value, residual: Value, target: Target) -> None:
         self.facts = facts
-        self.together = prediction.together
+        self.granularity = prediction.granularity
         self._residual, self._dtype = residual, target.dtype
         self._predicted = _Predicted(prediction, target)
 
@@ -99,7 +99,7 @@ class _Grouped(Value):
     def __init__(self, facts: Facts, prediction: Value, residual: Value, target: Target, groups: Groups) -> None:
         assert residual.facts.chunk is not None
         self.facts = facts
-        self.together = prediction.together
+        self.granularity = prediction.granularity
         self._residual, self._groups, self._dtype = residual, groups, target.dtype
         self._predicted = _Predicted(prediction, target)
         self._chunk = residual.facts.chunk

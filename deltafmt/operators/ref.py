@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ..dtypes import Bits
 from ..names import escaped
 from ..strictjson import Fields
-from .base import Facts, Operator, Reader, ReadValue, Rectangle, Scope, Source, Target, Value, found_facts
+from .base import Facts, Operator, ReadValue, Rectangle, Scope, Source, Target, TensorReader, Value, found_facts
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Ref(Operator):
 
 
 class _Ref(ReadValue):
-    def __init__(self, facts: Facts, reader: Reader) -> None:
+    def __init__(self, facts: Facts, reader: TensorReader) -> None:
         super().__init__(facts, reader.read)
         self._reader = reader
-        self.together = reader.together
+        self.granularity = reader.granularity
 
     def rectangle_bits(self, part: Rectangle, out: Bits) -> None:
         self._reader.read_rectangle(part, out)

@@ -43,7 +43,7 @@ class Rows(Operator):
 class _Rows(Value):
     def __init__(self, x: Value, target: Target) -> None:
         self.facts = Facts(x.facts.dtype, target.shape, x.facts.exact)
-        self.together = x.together
+        self.granularity = x.granularity
         self._x = x
 
     def bits(self, lo: int, hi: int, out: Bits) -> None:

@@ -54,7 +54,7 @@ class Scaled(Operator):
 class _Scaled(Value):
     def __init__(self, x: Value, scale: Value, target: Target) -> None:
         self.facts = Facts(None, target.shape, x.facts.exact and scale.facts.exact)
-        self.together = x.together
+        self.granularity = x.granularity
         self._x, self._scale = x, scale
         self._target = target
         self._lock = threading.Lock()

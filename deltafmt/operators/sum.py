@@ -54,7 +54,7 @@ class Sum(Operator):
 class _Sum(Value):
     def __init__(self, terms: list[Value]) -> None:
         self.facts = Facts(None, terms[0].facts.shape, exact=all(term.facts.exact for term in terms))
-        self.together = max(term.together for term in terms)
+        self.granularity = max(term.granularity for term in terms)
         self._terms = terms
 
     def accumulate(self, lo: int, hi: int, into: Wide, first: bool) -> None:

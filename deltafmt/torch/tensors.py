@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..gemm import one_thread_each
 from ..manifest import Manifest
 from ..operators import Operator, Ref, Scope, Target
-from ..operators.base import Read, Reader, Rectangle, in_memory
+from ..operators.base import Read, Rectangle, TensorReader, in_memory
 from ..pipeline import Pipeline, Pool
 from ..reader import Archive
 from ..rebuild import Rebuilder, read_in_pieces
@@ -213,13 +213,13 @@ class _Memory:
     def array_reader(self, name: str) -> Read:
         return self._archive.array_reader(name)
 
-    def tensor_reader(self, name: str) -> Reader:
+    def tensor_reader(self, name: str) -> TensorReader:
         return self._known(same_as(self._archive.manifest, name)) or self._archive.tensor_reader(name)
 
-    def base_reader(self, base: str, name: str) -> Reader:
+    def base_reader(self, base: str, name: str) -> TensorReader:
         return self._known(Ref(name, base)) or self._archive.base_reader(base, name)
 
-    def _known(self, ref: Ref) -> Reader | None:
+    def _known(self, ref: Ref) -> TensorReader | None:
         known = self._bits.get(ref)
         return None if known is None else in_memory(known, _shape(self._archive.manifest, ref))
 
@@ -253,17 +253,17 @@ class SharedPieces:
     def array_reader(self, name: str) -> Read:
         return self._archive.array_reader(name)
 
-    def tensor_reader(self, name: str) -> Reader:
+    def tensor_reader(self, name: str) -> TensorReader:
         ref = same_as(self._archive.manifest, name)
         if ref.base is not None:
             return self.base_reader(ref.base, ref.tensor)
         return self._reader(ref, self._rebuilder(ref.tensor))
 
-    def base_reader(self, base: str, name: str) -> Reader:
+    def base_reader(self, base: str, name: str) -> TensorReader:
         return self._reader(Ref(name, base), self._archive.base_reader(base, name))
 
-    def _reader(self, ref: Ref, reader: Reader) -> Reader:
-        return _Once(self, ref, reader) if self._uses[ref] > 1 else reader
+    def _reader(self, ref: Ref, reader: TensorReader) -> TensorReader:
+        return _SharedReader(self, ref, reader) if self._uses[ref] > 1 else reader
 
     def once(self, ref: Ref, place: _Place, out: Bits, read: Callable[[], None]) -> None:
         """Put a piece of a tensor into `out`: by `read`, or as it was read before."""
@@ -287,16 +287,16 @@ class SharedPieces:
 
 
 @dataclass(frozen=True)
-class _Once:
-    """A `Reader` of a tensor that several recipes refer to."""
+class _SharedReader:
+    """A `TensorReader` of a tensor that several recipes refer to."""
 
     pieces: SharedPieces
     ref: Ref
-    reader: Reader
+    reader: TensorReader
 
     @property
-    def together(self) -> int:
-        return self.reader.together
+    def granularity(self) -> int:
+        return self.reader.granularity
 
     def read(self, lo: int, hi: int, out: Bits) -> None:
         self.pieces.once(self.ref, (lo, hi), out, lambda: self.reader.read(lo, hi, out))
