@@ -28,6 +28,7 @@ from deltafmt.errors import UsageError
 from deltafmt.methods.panels import good_order
 from deltafmt.operators.panels import Order
 from deltafmt.safetensors_file import SafetensorsFile
+from deltafmt.torch.tensors import SharedPieces
 from hostile import Tensor, manifest, write_checkpoint
 
 DOWN, UP = (f"model.layers.0.mlp.{which}_proj.weight" for which in ("down", "up"))
@@ -189,6 +190,13 @@ def test_a_shared_layer_reads_its_columns_of_the_anchor(counted: Callable[[], in
         assert counted() - factor_bytes == pytest.approx(opened._archive.stored_size(f"{first}#panels") / 2, rel=0.01)
         assert np.array_equal(found, opened.get_tensor(second)[:, :512])
         np.testing.assert_allclose(found, near[:, :512], atol=1e-3)
+    with deltafmt.open(tmp_path / "packed", framework="pt") as opened:
+        expected = [opened.get_tensor(name)[:, :512] for name in layers]
+        shared = SharedPieces(opened)  # as transformers reads them: the anchor's columns once for both layers
+        counted()
+        halves = [shared.get_slice(name)[:, :512] for name in layers]
+        assert counted() - factor_bytes == pytest.approx(opened._archive.stored_size(f"{first}#panels") / 2, rel=0.01)
+        assert all(map(torch.equal, halves, expected))
 
 
 @pytest.mark.parametrize(
